@@ -1,0 +1,27 @@
+"""Mesh, logical axis rules and sharding constraints: the only room that knows mesh axes."""
+
+from paxlike.parallel.mesh import AXES, BATCH_AXES, Mesh
+from paxlike.parallel.rules import (
+    DEFAULT_RULES,
+    Rules,
+    activate,
+    check_divisible,
+    named_sharding,
+    num_shards,
+    shard,
+    spec,
+)
+
+__all__ = [
+    "AXES",
+    "BATCH_AXES",
+    "DEFAULT_RULES",
+    "Mesh",
+    "Rules",
+    "activate",
+    "check_divisible",
+    "named_sharding",
+    "num_shards",
+    "shard",
+    "spec",
+]

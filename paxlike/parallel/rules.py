@@ -1,0 +1,117 @@
+"""Logical axis names, and the rules that map them to mesh axes.
+
+Layers name the dimensions of their parameters and of their activations (`embed`, `heads`, `batch`, ...); these rules, and
+nothing else, say over which mesh axis a name is spread. Weights and activations have different names for the same
+dimension: under fsdp the width of a weight is sharded and that of an activation is not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import math
+from collections.abc import Iterator, Mapping
+
+import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from paxlike import compat
+
+MeshAxes = str | tuple[str, ...] | None
+Rules = Mapping[str, MeshAxes]
+
+DEFAULT_RULES: Rules = {
+    # parameters
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "norm": None,
+    "position": None,
+    "layers": None,
+    # activations
+    "batch": ("data", "fsdp"),
+    "length": None,
+    "act_embed": None,
+    "act_heads": "tensor",
+    "act_mlp": "tensor",
+    "act_vocab": "tensor",
+    "batch_shards": ("data", "fsdp"),
+}
+
+_rules: contextvars.ContextVar[Rules] = contextvars.ContextVar("rules", default=DEFAULT_RULES)
+
+
+@contextlib.contextmanager
+def activate(mesh: jax.sharding.Mesh, rules: Rules | None = None) -> Iterator[None]:
+    """Makes `mesh` and `rules` those that `shard` and every compilation inside refer to."""
+    token = _rules.set(DEFAULT_RULES if rules is None else rules)
+    try:
+        with compat.set_mesh(mesh):
+            yield
+    finally:
+        _rules.reset(token)
+
+
+def spec(*names: str | None) -> P:
+    """Partition spec of an array whose dimensions have these logical names, on the mesh in force.
+
+    Mesh axes of size 1, or absent from the mesh, are left out. ValueError for an unknown name and for two dimensions
+    on one mesh axis.
+    """
+    return P(*_mesh_axes(names, compat.current_mesh_shape()))
+
+
+def shard(x: jax.Array, *names: str | None) -> jax.Array:
+    """`x`, constrained to the sharding that its logical names ask for; unchanged outside a mesh."""
+    if x.ndim != len(names):
+        raise ValueError(f"an array of shape {x.shape} cannot have the {len(names)} axis names {names}")
+    sizes = compat.current_mesh_shape()
+    if math.prod(sizes.values()) <= 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, P(*_mesh_axes(names, sizes)))
+
+
+def named_sharding(mesh: jax.sharding.Mesh, names: tuple[str | None, ...]) -> NamedSharding:
+    """The sharding of an array with these logical names on `mesh`."""
+    return NamedSharding(mesh, P(*_mesh_axes(names, dict(mesh.shape))))
+
+
+def num_shards(name: str) -> int:
+    """Number of parts into which the dimension called `name` is split on the mesh in force."""
+    sizes = compat.current_mesh_shape()
+    return math.prod(sizes.get(axis, 1) for axis in _as_tuple(_rules.get().get(name)))
+
+
+def check_divisible(names: tuple[str | None, ...], shape: tuple[int, ...], sizes: Mapping[str, int], what: str) -> None:
+    """Raises one line that names the numbers where a dimension of `shape` does not divide over its mesh axes."""
+    for name, size in zip(names, shape, strict=True):
+        axes = _as_tuple(_rules.get().get(name) if name else None)
+        parts = math.prod(sizes.get(axis, 1) for axis in axes)
+        if size % parts:
+            fits = [n for n in range(1, parts + 1) if size % n == 0 and parts % n == 0]
+            raise ValueError(
+                f"{what}: its dimension '{name}' = {size} does not divide over the mesh axis {'x'.join(axes)} = {parts}; "
+                f"use {'x'.join(axes)} = {max(fits)}, or a '{name}' that is a multiple of {parts}"
+            )
+
+
+def _mesh_axes(names: tuple[str | None, ...], sizes: Mapping[str, int]) -> list[MeshAxes]:
+    rules, result, taken = _rules.get(), [], {}
+    for name in names:
+        if name is not None and name not in rules:
+            raise ValueError(f"no rule for the logical axis '{name}'; the rules name {sorted(rules)}")
+        axes = tuple(a for a in _as_tuple(rules.get(name) if name else None) if sizes.get(a, 1) > 1)
+        for axis in axes:
+            if axis in taken:
+                raise ValueError(f"'{taken[axis]}' and '{name}' of one array are both on the mesh axis '{axis}'")
+            taken[axis] = name
+        result.append(axes[0] if len(axes) == 1 else axes or None)
+    return result
+
+
+def _as_tuple(axes: MeshAxes) -> tuple[str, ...]:
+    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
