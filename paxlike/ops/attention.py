@@ -1,0 +1,109 @@
+"""Scaled dot-product attention (Vaswani et al. 2017, equation 1) with interchangeable backends.
+
+Shape legend: b batch, s query length, t key length, h query heads, g key/value heads (h is a multiple of g), k head size.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+Implementation = Literal["auto", "xla", "cudnn"]
+IMPLEMENTATIONS = ("auto", "xla", "cudnn")
+CUDNN_MAX_HEAD_DIM = 256  # cuDNN's fused attention on Hopper
+
+
+def attention(
+    q: Float[Array, "b s h k"],
+    k: Float[Array, "b t g k"],
+    v: Float[Array, "b t g k"],
+    *,
+    causal: bool,
+    segments: Int[Array, "b s"] | None = None,
+    lengths: Int[Array, "b"] | None = None,
+    offset: Int[Array, "b"] | None = None,
+    scale: float | None = None,
+    implementation: Implementation = "auto",
+) -> Float[Array, "b s h k"]:
+    """Softmax(q k^T * scale) v, the softmax in float32.
+
+    Args:
+      causal: query i sees keys up to its own position.
+      segments: document numbers of self-attention (s == t); queries see keys of their own document only.
+      lengths: keys at and beyond `lengths[b]` are not seen (a cache that is filled in part).
+      offset: position of the first query among the keys (`0` where None), for decoding against a cache.
+      scale: factor of the scores, 1/sqrt(k) where None.
+      implementation: `xla` is the plain reference; `cudnn` is fused attention on NVIDIA GPUs; `auto` takes cudnn where
+        it can serve (GPU, 16-bit inputs, head size a multiple of 8 up to 256, no cache) and xla elsewhere.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if implementation == "auto":
+        implementation = "cudnn" if _cudnn_serves(q, lengths, offset) else "xla"
+    if implementation == "cudnn":
+        mask = None if segments is None else _segment_mask(segments)
+        return jax.nn.dot_product_attention(
+            q, k, v, mask=mask, scale=scale, is_causal=causal, implementation="cudnn"
+        )
+    if implementation != "xla":
+        raise ValueError(f"attention implementation '{implementation}' is none of {', '.join(IMPLEMENTATIONS)}")
+    reference = causal_attention if causal else full_attention
+    return reference(q, k, v, segments, lengths, offset, scale=scale)
+
+
+def _reference(q, k, v, segments, lengths, offset, *, scale: float, causal: bool):
+    b, s, h, size = q.shape
+    t, groups = k.shape[1], k.shape[2]
+    # Grouped queries: the h // g queries of a group share one key, so they stand beside the length.
+    q = q.reshape(b, s, groups, h // groups, size)
+    scores = jnp.einsum("bsgqk,btgk->bgqst", q, k, preferred_element_type=jnp.float32) * scale
+    mask = _mask(b, s, t, segments, lengths, offset, causal)
+    if mask is not None:
+        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    return jnp.einsum("bgqst,btgk->bsgqk", weights, v).reshape(b, s, h, size)
+
+
+# The name of the jitted function is what the FLOP counter knows a causal attention by (half of the scores are needed).
+@functools.partial(jax.jit, static_argnames="scale")
+def causal_attention(q, k, v, segments, lengths, offset, *, scale):
+    """The reference with a causal mask."""
+    return _reference(q, k, v, segments, lengths, offset, scale=scale, causal=True)
+
+
+@functools.partial(jax.jit, static_argnames="scale")
+def full_attention(q, k, v, segments, lengths, offset, *, scale):
+    """The reference without a causal mask."""
+    return _reference(q, k, v, segments, lengths, offset, scale=scale, causal=False)
+
+
+def _mask(b, s, t, segments, lengths, offset, causal) -> jax.Array | None:
+    """Boolean mask that broadcasts to (b, g, q, s, t), or None where everything is seen."""
+    parts = []
+    if causal:
+        first = jnp.zeros((1,), jnp.int32) if offset is None else offset
+        rows = first[:, None] + jnp.arange(s)[None, :]
+        parts.append((rows[:, :, None] >= jnp.arange(t)[None, None, :])[:, None, None])
+    if segments is not None:
+        parts.append(_segment_mask(segments)[:, :, None])
+    if lengths is not None:
+        parts.append((jnp.arange(t)[None, :] < lengths[:, None])[:, None, None, None, :])
+    return functools.reduce(jnp.logical_and, parts) if parts else None
+
+
+def _segment_mask(segments: jax.Array) -> jax.Array:
+    return (segments[:, :, None] == segments[:, None, :])[:, None]
+
+
+def _cudnn_serves(q: jax.Array, lengths, offset) -> bool:
+    return (
+        jax.default_backend() == "gpu"
+        and q.dtype in (jnp.bfloat16, jnp.float16)
+        and q.shape[-1] % 8 == 0
+        and q.shape[-1] <= CUDNN_MAX_HEAD_DIM
+        and lengths is None
+        and offset is None
+    )

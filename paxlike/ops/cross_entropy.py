@@ -1,0 +1,213 @@
+"""Cross-entropy of a linear output layer that never holds the logits of the whole batch.
+
+The loss of a row of hidden states needs one row of logits; with a vocabulary of 50,000 those of a batch are larger than
+everything else in the model. `linear_cross_entropy` walks over the sequence in chunks and, because the loss is a scalar
+whose derivative is known as soon as the logits are, computes the gradients in the same pass: nothing is recomputed.
+
+Shape legend: b batch, s length, d width, v vocabulary. Softmax, loss and gradient sums are float32.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from paxlike import parallel
+
+AUTO_CHUNK_BYTES = 256 << 20  # float32 logits that one device may hold at a time
+
+
+class CrossEntropy(NamedTuple):
+    """Sums over the positions of a batch, each weighted."""
+
+    loss: Float[Array, ""]  # nats
+    z_loss: Float[Array, ""]  # sum of logsumexp^2 (PaLM, section 5)
+    num_correct: Float[Array, ""]  # positions whose target is the argmax
+
+
+def linear_cross_entropy(
+    x: Float[Array, "b s d"],
+    table: Float[Array, "v d"],
+    targets: Int[Array, "b s"],
+    weights: Float[Array, "b s"],
+    *,
+    chunk: int | None = None,
+    z_loss: float = 0.0,
+) -> tuple[Float[Array, ""], CrossEntropy]:
+    """Sum of `weights * (nll + z_loss * logsumexp^2)` where the logits are `x @ table.T`, and its parts.
+
+    Only the first result is differentiable. Derivatives reach `x` and `table`.
+
+    Args:
+      chunk: positions of a row whose logits exist at a time; `0` is the whole row, None chooses by the size of the
+        logits on one device (256 MiB in float32).
+      z_loss: coefficient of the squared log normaliser.
+    """
+    num_chunks = _num_chunks(x.shape, table.shape[0], chunk)
+    return _chunked(x, table, targets, weights, num_chunks, float(z_loss))
+
+
+def token_cross_entropy(
+    x: Float[Array, "b s d"], table: Float[Array, "v d"], targets: Int[Array, "b s"], *, chunk: int | None = None
+) -> tuple[Float[Array, "b s"], Bool[Array, "b s"]]:
+    """Per position: negative log-likelihood in nats, and whether the target is the argmax. For evaluation."""
+    num_chunks = _num_chunks(x.shape, table.shape[0], chunk)
+    table = _gather_table(table, x.dtype)
+
+    def one(piece):
+        x, targets = piece
+        logits, log_normaliser = _logits(x, table)
+        nll = log_normaliser - _at(logits, targets)
+        return nll, _is_argmax(logits, targets)
+
+    if num_chunks == 1:
+        return one((x, targets))
+    nll, correct = jax.lax.map(one, (_split(x, num_chunks), _split(targets, num_chunks)))
+    return _join(nll), _join(correct)
+
+
+def _num_chunks(shape: tuple[int, ...], vocab_size: int, chunk: int | None) -> int:
+    b, s, _ = shape
+    if chunk == 0:
+        return 1
+    if chunk is None:
+        rows = max(1, b // parallel.num_shards("batch"))
+        wanted = -(-4 * rows * s * vocab_size // parallel.num_shards("act_vocab") // AUTO_CHUNK_BYTES)
+    else:
+        wanted = -(-s // chunk)
+    return next(n for n in range(min(wanted, s) or 1, s + 1) if s % n == 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _chunked(x, table, targets, weights, num_chunks, z_loss):
+    """The value alone: what runs where nothing is differentiated."""
+    table = _gather_table(table, x.dtype)
+
+    def one(piece):
+        return _sums(*piece, table, z_loss)[0]
+
+    pieces = [_split(a, num_chunks) for a in (x, targets, weights)]
+    if num_chunks == 1:
+        parts = one([p[0] for p in pieces])
+    else:
+        parts = jax.tree.map(lambda a: jnp.sum(a, axis=0), jax.lax.map(one, pieces))
+    return parts.loss + z_loss * parts.z_loss, parts
+
+
+def _chunked_forward(x, table, targets, weights, num_chunks, z_loss):
+    full = _gather_table(table, x.dtype)
+    shards = _row_shards(x.shape[0])
+
+    def one(gradient, piece):
+        x, targets, weights = piece
+        parts, dlogits = _sums(x, targets, weights, full, z_loss, gradient=True)
+        dx = _contract(dlogits, full, ((2,), (0,)))
+        gradient = gradient + _table_gradient(dlogits, x, shards)
+        return gradient, (parts, parallel.shard(dx.astype(x.dtype), "batch", "length", "act_embed"))
+
+    zeros = jnp.zeros((shards, *table.shape), jnp.float32)
+    if num_chunks == 1:
+        gradient, (parts, dx) = one(zeros, (x, targets, weights))
+    else:
+        zeros = parallel.shard(zeros, "batch_shards" if shards > 1 else None, "vocab", None)
+        pieces = tuple(_split(a, num_chunks) for a in (x, targets, weights))
+        gradient, (parts, dx) = jax.lax.scan(one, zeros, pieces)
+        parts, dx = jax.tree.map(lambda a: jnp.sum(a, axis=0), parts), _join(dx)
+    # One reduction over the shards of the batch, after the loop rather than in it.
+    dtable = parallel.shard(jnp.sum(gradient, axis=0), "vocab", "embed").astype(table.dtype)
+    return (parts.loss + z_loss * parts.z_loss, parts), (dx, dtable, targets, weights)
+
+
+def _chunked_backward(num_chunks, z_loss, residuals, cotangents):
+    del num_chunks, z_loss
+    dx, dtable, targets, weights = residuals
+    g = cotangents[0]
+    zero = jnp.zeros(targets.shape, jax.dtypes.float0)
+    return g.astype(dx.dtype) * dx, g.astype(dtable.dtype) * dtable, zero, jnp.zeros_like(weights)
+
+
+_chunked.defvjp(_chunked_forward, _chunked_backward)
+
+
+def _sums(x, targets, weights, table, z_loss, gradient: bool = False):
+    """Weighted sums over one chunk and, if asked, the derivative with respect to its logits in the compute dtype."""
+    logits, log_normaliser = _logits(x, table)
+    nll = log_normaliser - _at(logits, targets)
+    parts = CrossEntropy(
+        loss=jnp.sum(nll * weights),
+        z_loss=jnp.sum(jnp.square(log_normaliser) * weights),
+        num_correct=jnp.sum(_is_argmax(logits, targets) * weights),
+    )
+    if not gradient:
+        return parts, None
+    # d nll/d logits = softmax - onehot;  d lse^2/d logits = 2 lse softmax
+    probabilities = jnp.exp(logits - log_normaliser[..., None])
+    factor = weights * (1.0 + 2.0 * z_loss * log_normaliser)
+    onehot = _onehot(targets, logits.shape[-1])
+    dlogits = probabilities * factor[..., None] - jnp.where(onehot, weights[..., None], 0.0)
+    return parts, parallel.shard(dlogits.astype(x.dtype), "batch", "length", "act_vocab")
+
+
+def _logits(x, table):
+    logits = _contract(x, table, ((2,), (1,)), preferred_element_type=jnp.float32)
+    logits = parallel.shard(logits, "batch", "length", "act_vocab")
+    return logits, jax.nn.logsumexp(logits, axis=-1)
+
+
+def _contract(x, w, dims, **kwargs):
+    """Contraction of the last dimension of (b, s, n), as one matrix product of b*s rows."""
+    b, s, n = x.shape
+    flat = jax.lax.dot_general(x.reshape(b * s, n), w, (((1,), dims[1]), ((), ())), **kwargs)
+    return flat.reshape(b, s, -1)
+
+
+def _table_gradient(dlogits, x, shards: int):
+    """(shards, v, d): each shard of the batch sums its own rows, so that no reduction is needed in the loop."""
+    b, s, v = dlogits.shape
+    rows = b // shards * s
+    dlogits, x = dlogits.reshape(shards, rows, v), x.reshape(shards, rows, -1)
+    if shards == 1:
+        dimensions = (((0,), (0,)), ((), ()))
+        return jax.lax.dot_general(dlogits[0], x[0], dimensions, preferred_element_type=jnp.float32)[None]
+    dimensions = (((1,), (1,)), ((0,), (0,)))
+    gradient = jax.lax.dot_general(dlogits, x, dimensions, preferred_element_type=jnp.float32)
+    return parallel.shard(gradient, "batch_shards", "vocab", None)
+
+
+def _row_shards(b: int) -> int:
+    shards = parallel.num_shards("batch_shards")
+    return shards if b % shards == 0 else 1
+
+
+def _at(logits, targets):
+    # A masked sum rather than a gather: cheap, and right when the vocabulary is sharded.
+    return jnp.sum(jnp.where(_onehot(targets, logits.shape[-1]), logits, 0.0), axis=-1)
+
+
+def _onehot(targets, vocab_size: int):
+    return targets[..., None] == jnp.arange(vocab_size, dtype=targets.dtype)[None, None, :]
+
+
+def _is_argmax(logits, targets):
+    return jnp.argmax(logits, axis=-1) == targets
+
+
+def _gather_table(table, dtype):
+    """The table in the compute dtype, whole along its width: gathered over fsdp once, not in every chunk."""
+    return parallel.shard(table.astype(dtype), "vocab", None)
+
+
+def _split(x, num_chunks: int):
+    """(b, s, ...) -> (chunks, b, s / chunks, ...)."""
+    b, s, *rest = x.shape
+    return jnp.moveaxis(x.reshape(b, num_chunks, s // num_chunks, *rest), 1, 0)
+
+
+def _join(x):
+    """The inverse of `_split`."""
+    chunks, b, s, *rest = x.shape
+    return jnp.moveaxis(x, 0, 1).reshape(b, chunks * s, *rest)
