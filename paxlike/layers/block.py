@@ -1,0 +1,30 @@
+"""One residual block: a mixer over the sequence, then a feed-forward, each behind its norm."""
+
+from __future__ import annotations
+
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from paxlike import parallel
+from paxlike.layers.sequence import Sequence
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + ffn(norm(x)) (pre-norm, Xiong et al. 2020).
+
+    Attributes:
+      mixer, ffn: modules called with `(x, sequence)`.
+      mixer_norm, ffn_norm: modules called with `x`.
+    """
+
+    mixer: nn.Module
+    ffn: nn.Module
+    mixer_norm: nn.Module
+    ffn_norm: nn.Module
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b s d"], sequence: Sequence) -> Float[Array, "b s d"]:
+        x = x + self.mixer(self.mixer_norm(x), sequence)
+        x = x + self.ffn(self.ffn_norm(x), sequence)
+        return checkpoint_name(parallel.shard(x, "batch", "length", "act_embed"), "transformer_layer_out")

@@ -1,0 +1,65 @@
+"""Token embedding and learned positions."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from paxlike import parallel
+from paxlike.layers.linear import Initializer
+
+Lookup = Literal["index", "matmul"]
+
+
+class Embedding(nn.Module):
+    """A table of one vector per token, used for looking up and, where weights are tied, for the logits.
+
+    Attributes:
+      vocab_size, features: shape of the table.
+      lookup: `index` gathers rows; `matmul` multiplies with a one-hot matrix (Pax's choice, for TPUs).
+    """
+
+    vocab_size: int
+    features: int
+    init: Initializer = nn.initializers.normal(0.02)
+    lookup: Lookup = "index"
+    dtype: str = "float32"
+
+    def setup(self):
+        init = nn.with_logical_partitioning(self.init, ("vocab", "embed"))
+        self.table = self.param("table", init, (self.vocab_size, self.features), jnp.float32)
+
+    def __call__(self, tokens: Int[Array, "b s"]) -> Float[Array, "b s d"]:
+        # Whole along the width: a lookup in a table that is sharded both ways makes the compiler replicate it.
+        table = parallel.shard(self.table.astype(self.dtype), "vocab", None)
+        if self.lookup == "matmul":
+            onehot = jax.nn.one_hot(tokens, self.vocab_size, dtype=self.dtype)
+            return jax.lax.dot_general(onehot, table, (((2,), (0,)), ((), ())))
+        return jnp.take(table, tokens, axis=0, mode="clip")
+
+
+class LearnedPosition(nn.Module):
+    """One trained vector per position (GPT-2), added to the token's."""
+
+    max_length: int
+    init: Initializer = nn.initializers.normal(0.02)
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b s d"], positions: Int[Array, "b s"] | None = None
+    ) -> Float[Array, "b s d"]:
+        init = nn.with_logical_partitioning(self.init, ("position", "embed"))
+        table = self.param("table", init, (self.max_length, x.shape[-1]), jnp.float32)
+        table = parallel.shard(table.astype(self.dtype), "position", None)
+        if positions is None:
+            if x.shape[1] > self.max_length:
+                raise ValueError(
+                    f"{x.shape[1]} tokens in a row, but the model has MAX_SEQ_LEN={self.max_length} learned positions"
+                )
+            return x + table[None, : x.shape[1]]
+        return x + jnp.take(table, positions, axis=0, mode="clip")

@@ -1,0 +1,49 @@
+"""Normalisation over the width: LayerNorm (Ba et al. 2016) and RMSNorm (Zhang and Sennrich 2019). Statistics in float32."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(var + epsilon) * (1 + scale) + bias.
+
+    The gain is stored as its distance from 1 and starts at 0, so that weight decay pulls it towards 1, as in Pax.
+    """
+
+    epsilon: float = 1e-5
+    use_bias: bool = True
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        scale = _vector(self, "scale", nn.initializers.zeros, x)
+        wide = x.astype(jnp.float32)
+        mean = jnp.mean(wide, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(wide - mean), axis=-1, keepdims=True)
+        y = (wide - mean) * jax.lax.rsqrt(variance + self.epsilon) * (1.0 + scale)
+        if self.use_bias:
+            y = y + _vector(self, "bias", nn.initializers.zeros, x)
+        return y.astype(self.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + epsilon) * scale, the gain stored as it is and started at 1."""
+
+    epsilon: float = 1e-6
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        scale = _vector(self, "scale", nn.initializers.ones, x)
+        wide = x.astype(jnp.float32)
+        y = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon) * scale
+        return y.astype(self.dtype)
+
+
+def _vector(module: nn.Module, name: str, init, x) -> jax.Array:
+    value = module.param(name, nn.with_logical_partitioning(init, ("norm",)), x.shape[-1:], jnp.float32)
+    return value.reshape((1,) * (x.ndim - 1) + value.shape)

@@ -1,0 +1,28 @@
+"""What travels beside the hidden states through every block: where each token stands, and what may be cached."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+from jaxtyping import Array, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sequence:
+    """Facts about the rows of a batch that attention and positions need.
+
+    Attributes:
+      positions: position of each token in its document; None counts from 0 in each row.
+      segments: document number of each token, 0 for padding; None where a row is one document.
+      offset: number of tokens of each row that the cache holds already; None while nothing is cached.
+      train: dropout and other noise are active.
+      cache_length: size of the key/value cache to keep, 0 for none.
+    """
+
+    positions: Int[Array, "b s"] | None = None
+    segments: Int[Array, "b s"] | None = None
+    offset: Int[Array, "b"] | None = None
+    train: bool = dataclasses.field(default=False, metadata={"static": True})
+    cache_length: int = dataclasses.field(default=0, metadata={"static": True})
