@@ -1,0 +1,87 @@
+"""Causal language modelling: predict every next token; loss in nats per token."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from paxlike.log.metric import Metric
+from paxlike.ops import cross_entropy
+from paxlike.tasks.task import Batch, Loss, Metrics, Variables
+
+
+@dataclasses.dataclass(frozen=True)
+class CausalLanguage:
+    """Cross-entropy of the next token, averaged over the tokens of weight 1.
+
+    Attributes:
+      z_loss: coefficient of the squared log normaliser (Chowdhery et al. 2022, section 5), 0 for none.
+      chunk: positions of a row whose logits exist at a time; None chooses by size, 0 never splits.
+    """
+
+    z_loss: float = 0.0
+    chunk: int | None = None
+
+    def weight(self, batch: Batch) -> Float[Array, ""]:
+        """Number of scored tokens of the batch."""
+        return jnp.sum(batch["weights"])
+
+    def loss(self, model: nn.Module, variables: Variables, batch: Batch, rngs) -> Loss:
+        """Sum of the cross-entropy and the z-loss over the scored tokens; accuracy beside it."""
+        output, collections = model.apply(
+            variables, batch["tokens"], **_layout(batch), train=True, rngs=rngs, mutable=_mutable(variables)
+        )
+        total, parts = cross_entropy.linear_cross_entropy(
+            output.hidden, output.table, batch["targets"], batch["weights"], chunk=self.chunk, z_loss=self.z_loss
+        )
+        weight = self.weight(batch)
+        metrics = {
+            "loss": Metric(total, weight),
+            "log_pplx": Metric(parts.loss, weight),
+            "accuracy": Metric(parts.num_correct, weight),
+        }
+        if self.z_loss:
+            metrics["z_loss"] = Metric(self.z_loss * parts.z_loss, weight)
+        return Loss(total, metrics, collections)
+
+    def evaluate(self, model: nn.Module, variables: Variables, batch: Batch) -> Metrics:
+        """Loss and log-perplexity (nats per token), accuracy, bits per byte, and strict accuracy of whole rows.
+
+        `acc_strict` counts a row if every scored token is the argmax over the vocabulary (LAMBADA's measure).
+        """
+        output = model.apply(variables, batch["tokens"], **_layout(batch))
+        nll, correct = cross_entropy.token_cross_entropy(
+            output.hidden, output.table, batch["targets"], chunk=self.chunk
+        )
+        weights = batch["weights"]
+        rows = batch.get("example_weight", jnp.ones(weights.shape[:1]))
+        weights = weights * rows[:, None]
+        total, weight = jnp.sum(nll * weights), jnp.sum(weights)
+        strict = jnp.all(correct | (weights == 0), axis=-1)
+        scored = rows * jnp.any(weights > 0, axis=-1)
+        metrics = {
+            "loss": Metric(total, weight),
+            "log_pplx": Metric(total, weight),
+            "accuracy": Metric(jnp.sum(correct * weights), weight),
+            "acc_strict": Metric(jnp.sum(strict * scored), jnp.sum(scored)),
+        }
+        if "num_bytes" in batch:
+            metrics["bits_per_byte"] = Metric(total / math.log(2.0), jnp.sum(batch["num_bytes"] * rows))
+        return metrics
+
+    def forward(self, model: nn.Module, variables: Variables, batch: Batch) -> jax.Array:
+        """The logits of every position."""
+        return model.apply(variables, batch["tokens"], **_layout(batch)).logits()
+
+
+def _layout(batch: Batch) -> dict[str, jax.Array]:
+    return {name: batch[name] for name in ("positions", "segments") if name in batch}
+
+
+def _mutable(variables: Variables) -> list[str]:
+    return [name for name in variables if name != "params"]
