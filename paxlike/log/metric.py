@@ -2,7 +2,7 @@
 
 Adding sums and weights separately makes every average exact: over the examples of a batch, over
 microbatches, over devices and processes, over the steps between two summaries, and over an
-evaluation whose last batch is partly padding. Averaging averages is wrong as soon as the weights differ.
+evaluation whose last batch is partly padding. A mean of means is wrong as soon as weights differ.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """A weighted sum and its total weight, both scalars (arrays inside `jit`, anything float-like outside).
+    """A weighted sum and its total weight: scalar arrays inside `jit`, anything float-like outside.
 
     Example:
         >>> (Metric(6.0, 2.0) + Metric(1.0, 2.0)).value()
