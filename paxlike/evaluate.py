@@ -1,0 +1,172 @@
+"""Evaluation: one pass over a held-out set, sums and weights until the end."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections import deque
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import jax
+from flax import linen as nn
+
+from paxlike import parallel
+from paxlike.checkpoint import restore_variables, wait_for_new_checkpoint
+from paxlike.log.metric import Metric
+from paxlike.train.state import abstract_variables
+
+if TYPE_CHECKING:
+    from paxlike.experiment import Experiment
+
+
+class HeldOut(Protocol):
+    """A finite data set in batches of one shape; rows that fill the last one have `example_weight` 0."""
+
+    def spec(self, global_batch: int, *, evaluation: bool = False) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of a batch."""
+        ...
+
+    def epoch(self, *, global_batch: int, sharding: Any) -> Iterator[Mapping[str, jax.Array]]:
+        """All batches, once."""
+        ...
+
+
+class Evaluator:
+    """Evaluates one model on one held-out set, again and again, with one compilation.
+
+    Example:
+      evaluator = Evaluator("heldout", data, task, model, global_batch=8, mesh=mesh)
+      metrics = evaluator.run(state.variables())  # {"loss": Metric(...), ...}
+    """
+
+    def __init__(
+        self,
+        name: str,
+        data: HeldOut,
+        task: Any,
+        model: nn.Module,
+        *,
+        global_batch: int,
+        mesh: jax.sharding.Mesh,
+        max_batches: int | None = None,
+    ):
+        """`max_batches` bounds the pass; None takes all of it."""
+        self.name, self._data, self._max_batches = name, data, max_batches
+        self._global_batch = global_batch
+        self._sharding = parallel.named_sharding(mesh, ("batch", "length"))
+        replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        self._step = jax.jit(
+            lambda variables, batch: task.evaluate(model, variables, batch), out_shardings=replicated
+        )
+
+    def run(self, variables: Mapping[str, Any]) -> dict[str, Metric]:
+        """Metrics over the pass, summed on the host in float64.
+
+        Raises:
+          ValueError: the set has no example.
+        """
+        totals: dict[str, Metric] = {}
+        pending: deque[dict[str, Metric]] = deque()
+        batches = self._data.epoch(global_batch=self._global_batch, sharding=self._sharding)
+        try:
+            for batch in itertools.islice(batches, self._max_batches):
+                pending.append(self._step(variables, batch))
+                if len(pending) > _in_flight():
+                    _add(totals, pending.popleft())
+        finally:
+            close = getattr(batches, "close", None)
+            if close is not None:
+                close()
+        while pending:
+            _add(totals, pending.popleft())
+        if not totals:
+            raise ValueError(f"the evaluation set '{self.name}' has no example")
+        return totals
+
+
+def _add(totals: dict[str, Metric], metrics: Mapping[str, Metric]) -> None:
+    for name, metric in jax.device_get(dict(metrics)).items():
+        exact = Metric(float(metric.sum), float(metric.weight))
+        totals[name] = totals[name] + exact if name in totals else exact
+
+
+def _in_flight() -> int:
+    """Batches dispatched ahead; none on several CPU devices, whose collectives can deadlock when queued."""
+    return 0 if jax.default_backend() == "cpu" and jax.local_device_count() > 1 else 1
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalOptions:
+    """When held-out sets are evaluated while training.
+
+    Attributes:
+      every_n_steps: 0 for never.
+      at_end: also after the last step.
+      max_batches: bound of one pass, None for all of it.
+    """
+
+    every_n_steps: int = 0
+    at_end: bool = True
+    max_batches: int | None = None
+
+    def due(self, step: int, num_steps: int) -> bool:
+        """Whether to evaluate after `step` steps."""
+        return bool(self.every_n_steps) and (step % self.every_n_steps == 0 or (self.at_end and step == num_steps))
+
+
+def make_evaluators(experiment: Experiment, mesh: jax.sharding.Mesh) -> list[Evaluator]:
+    """One evaluator for each held-out set of the experiment."""
+    return [
+        Evaluator(
+            name,
+            data,
+            experiment.task,
+            experiment.model,
+            global_batch=experiment.global_batch_size,
+            mesh=mesh,
+            max_batches=experiment.evaluation.max_batches,
+        )
+        for name, data in experiment.eval_data.items()
+    ]
+
+
+def evaluate(
+    experiment: Experiment, job_log_dir: str, *, checkpoint: str | None, step: int | None, follow: bool
+) -> int:
+    """Evaluates one checkpoint, or with `follow` each new one, on all held-out sets of the experiment.
+
+    Weights only are read (the averaged ones where there are any), onto this mesh, whatever mesh wrote them.
+
+    Raises:
+      ValueError: no held-out set, no checkpoint, or weights that do not fit the model.
+    """
+    if not experiment.eval_data:
+        raise ValueError(f"{experiment.name} has no held-out set; name some with --fdl.EVAL_SETS")
+    source, directory = Path(checkpoint or job_log_dir), Path(job_log_dir)
+    mesh = experiment.mesh.build()
+    with experiment.open_log(directory) as log, parallel.activate(mesh, experiment.rules):
+        evaluators = make_evaluators(experiment, mesh)
+        abstract = abstract_variables(experiment.model, mesh)
+        steps = wait_for_new_checkpoint(source, say=log.progress.write) if follow else [step]
+        for wanted in steps:
+            with log.busy(f"reading weights from {source}"):
+                weights = restore_variables(source, abstract, step=wanted)
+            for evaluator in evaluators:
+                with log.busy(f"evaluating {evaluator.name} at step {weights.step:,}"):
+                    metrics = evaluator.run(weights.variables)
+                log.evaluate(evaluator.name, weights.step, metrics)
+                _write_result(directory, evaluator.name, weights.step, metrics)
+    return 0
+
+
+def _write_result(directory: Path, name: str, step: int, metrics: Mapping[str, Metric]) -> None:
+    """`eval_out/<name>/eval_out_<step>.json`: value and weight of every metric."""
+    if jax.process_index() != 0:
+        return
+    path = directory / "eval_out" / name / f"eval_out_{step:08d}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = {key: {"value": metric.value(), "weight": float(metric.weight)} for key, metric in metrics.items()}
+    path.write_text(json.dumps({"step": step, "split": name, "metrics": values}, indent=1) + "\n")

@@ -1,0 +1,230 @@
+"""The training loop: restore or initialise, then step, log, evaluate, save, in this order, until the last step.
+
+The order matters: a checkpoint of step n holds the state after n steps and the position of batch n; it is written after
+the evaluation of step n, so that a run which goes on does not evaluate it again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from paxlike import parallel
+from paxlike.checkpoint import (
+    EXIT_PREEMPTED,
+    Checkpointer,
+    TerminationSignal,
+    mark_finished,
+    restore_params,
+)
+from paxlike.evaluate import Evaluator, make_evaluators
+from paxlike.log.flops import train_flops
+from paxlike.log.profiler import Profiler
+from paxlike.log.run_log import RunLog
+from paxlike.train.state import StateFactory, TrainState, num_parameters, replicated
+from paxlike.train.step import TrainStep
+
+if TYPE_CHECKING:
+    from paxlike.experiment import Experiment
+
+
+def train(experiment: Experiment, job_log_dir: str, *, config: str, config_text: str) -> int:
+    """Trains to `num_steps`; 0 when complete, `EXIT_PREEMPTED` when asked to stop (a checkpoint is saved first)."""
+    if experiment.train_data is None:
+        raise ValueError(f"{experiment.name} has no training data; use --mode=eval")
+    directory = Path(job_log_dir)
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(experiment.open_log(directory, num_steps=experiment.num_steps))
+        mesh = experiment.mesh.build()
+        stack.enter_context(parallel.activate(mesh, experiment.rules))
+        return _Run(experiment, directory, mesh, log, config, config_text).run(stack)
+
+
+class _Run:
+    """One start of a run: what is made once, and the loop over it."""
+
+    def __init__(self, experiment: Experiment, directory: Path, mesh, log: RunLog, config: str, config_text: str):
+        self.experiment, self.directory, self.mesh, self.log = experiment, directory, mesh, log
+        self.config, self.config_text = config, config_text
+        self.global_batch = experiment.global_batch_size
+        spec = experiment.train_data.spec(self.global_batch)
+        self.spec = batch_spec(spec, mesh)
+        self.factory = StateFactory(experiment.model, experiment.optimizer, spec, mesh)
+        self.abstract = self.factory.abstract()
+        self.tokens_per_step = math.prod(spec["tokens"].shape)
+        self.first_batch = 0  # number of the batch that the first step of this start takes
+
+    def run(self, stack: contextlib.ExitStack) -> int:
+        experiment, log = self.experiment, self.log
+        checkpointer = stack.enter_context(Checkpointer(self.directory, experiment.checkpoints))
+        stop = stack.enter_context(TerminationSignal())
+        state, start = self._restore_or_initialize(checkpointer)
+        if start >= experiment.num_steps:
+            log.progress.write(f"training is complete: step {start:,} of {experiment.num_steps:,}; nothing to do")
+            return 0
+        batches = experiment.train_data.batches(
+            global_batch=self.global_batch,
+            start_step=self.first_batch,
+            sharding=parallel.named_sharding(self.mesh, ("batch", "length")),
+        )
+        stack.callback(batches.close)
+        with log.busy("compiling the training step"):
+            step_function = self._compile()
+            flops = self._flops()
+        evaluators = self._evaluators()
+        options = experiment.logging
+        profiler = Profiler(
+            self.directory / "profile", options.profiler_capture_step, options.profiler_num_steps, log=log
+        )
+        stack.callback(profiler.close)
+        waiting: deque[tuple[int, Mapping[str, Any], float]] = deque()
+        skipped = int(state.skipped_steps)
+
+        def settle(limit: int) -> None:
+            """Logs finished steps until at most `limit` are in flight."""
+            nonlocal skipped
+            while len(waiting) > limit:
+                done, metrics, waited = waiting.popleft()
+                metrics = jax.device_get(metrics)  # waits for this step, while later ones run
+                log.train(done, metrics, data_wait_seconds=waited, tokens=self.tokens_per_step, flops=flops)
+                if int(metrics["skipped_steps"]) > skipped:
+                    skipped = int(metrics["skipped_steps"])
+                    norm = float(metrics["grad_norm"])
+                    log.warning(f"step {done:,} was skipped: its gradient norm is {norm}", step=done, skipped=skipped)
+
+        for done in range(start + 1, experiment.num_steps + 1):
+            waited = batches.waited_seconds
+            batch = next(batches)
+            profiler.before_step(done)
+            state, metrics = step_function(state, batch)
+            profiler.after_step(done, metrics)
+            waiting.append((done, metrics, batches.waited_seconds - waited))
+            settle(_max_in_flight())
+            last = done == experiment.num_steps
+            if experiment.evaluation.due(done, experiment.num_steps):
+                settle(0)
+                with log.pause("evaluation"):
+                    self._evaluate(evaluators, state, done)
+            stopping = stop.agreed(done)
+            if stopping or last or checkpointer.due(done):
+                settle(0)
+                with log.pause("checkpoint"):
+                    self._save(checkpointer, state, done, batches, wait=stopping or last)
+            if stopping and not last:
+                settle(0)
+                log.progress.write(f"stopped at step {done:,}; the same command goes on from there")
+                log.event("stopped", step=done, signal=stop.received)
+                return EXIT_PREEMPTED
+        mark_finished(self.directory, experiment.num_steps)
+        return 0
+
+    def _restore_or_initialize(self, checkpointer: Checkpointer) -> tuple[TrainState, int]:
+        experiment, log = self.experiment, self.log
+        count = num_parameters(self.abstract.params)
+        log.environment(
+            config=experiment.name,
+            mesh=dict(self.mesh.shape),
+            global_batch_size=self.global_batch,
+            tokens_per_step=self.tokens_per_step,
+            num_parameters=count,
+        )
+        log.progress.write(
+            f"{experiment.name}: {count:,} parameters, mesh {dict(self.mesh.shape)} on {jax.device_count()} x "
+            f"{jax.devices()[0].device_kind} in {jax.process_count()} process(es), "
+            f"{self.global_batch:,} rows = {self.tokens_per_step:,} tokens a step"
+        )
+        if jax.process_index() == 0:
+            (self.directory / "config.json").write_text(self.config)
+            (self.directory / "config.txt").write_text(self.config_text)
+        log.text("config", self.config_text)
+        with log.busy("looking for a checkpoint"):
+            restored = checkpointer.restore(self.abstract)
+        if restored is not None:
+            self.first_batch = self._data_position(restored.data)
+            log.resumed(restored.step)
+            log.progress.write(f"going on from the checkpoint of step {restored.step:,}")
+            return restored.state, restored.step
+        with log.busy("initialising the parameters"):
+            state = jax.block_until_ready(self.factory.initialize(experiment.seed))
+        if experiment.initial_weights is not None:
+            weights = experiment.initial_weights
+            with log.busy(f"reading weights from {weights.path}"):
+                params = restore_params(
+                    weights.path, self.abstract.params, rules=weights.rules, init_params=state.params
+                )
+            state = state.replace(params=params, ema=None if state.ema is None else jax.tree.map(jax.numpy.copy, params))
+        return state, 0
+
+    def _data_position(self, saved: Mapping[str, Any]) -> int:
+        """Number of the batch to go on with; ValueError where the data is not what the checkpoint was made with."""
+        here = self.experiment.train_data.fingerprint()
+        changed = [name for name in here if here[name] != saved["fingerprint"].get(name)]
+        if changed:
+            name = changed[0]
+            raise ValueError(
+                f"the training data is not that of the checkpoint in {self.directory}: {name} was "
+                f"{saved['fingerprint'].get(name)} and is {here[name]}; go on with the same data, or start another "
+                f"job_log_dir from these weights with CHECKPOINT_RESTORE_PATH={self.directory}"
+            )
+        if saved["rows"] % self.global_batch:
+            raise ValueError(
+                f"the checkpoint is {saved['rows']:,} rows into the data, which {self.global_batch} rows a step do not "
+                "divide; use a batch that does"
+            )
+        return saved["rows"] // self.global_batch
+
+    def _compile(self):
+        experiment = self.experiment
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+        step = TrainStep(
+            experiment.model,
+            experiment.task,
+            experiment.optimizer,
+            experiment.num_microbatches,
+            experiment.seed,
+            shardings.params if self.mesh.size > 1 else None,
+        )
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(self.mesh)))
+        return jitted.lower(self.abstract, self.spec).compile()
+
+    def _flops(self) -> int:
+        variables = {"params": self.abstract.params, **self.abstract.collections}
+        model = self.experiment.model
+        return train_flops(lambda v, b: self.experiment.task.forward(model, v, b), variables, self.spec)
+
+    def _evaluators(self) -> list[Evaluator]:
+        return make_evaluators(self.experiment, self.mesh) if self.experiment.evaluation.every_n_steps else []
+
+    def _evaluate(self, evaluators: list[Evaluator], state: TrainState, done: int) -> None:
+        for evaluator in evaluators:
+            self.log.evaluate(evaluator.name, done, evaluator.run(state.variables(use_ema=True)))
+
+    def _save(self, checkpointer: Checkpointer, state: TrainState, done: int, batches, *, wait: bool) -> None:
+        data = {"rows": batches.step * self.global_batch, "fingerprint": self.experiment.train_data.fingerprint()}
+        saved = checkpointer.save(
+            done, state, data=data, config=self.config, config_text=self.config_text, wait=wait, force=True
+        )
+        if saved:
+            self.log.event("checkpoint_saved", step=done, stall_seconds=round(checkpointer.last_stall_seconds, 4))
+
+
+def batch_spec(spec: Mapping[str, jax.ShapeDtypeStruct], mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a batch with their shardings: rows over the data and fsdp axes."""
+    names = ("batch", "length")
+    return {
+        name: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=parallel.named_sharding(mesh, names[: len(leaf.shape)])
+        )
+        for name, leaf in spec.items()
+    }
+
+
+def _max_in_flight() -> int:
+    """Steps dispatched ahead of the one that is logged; none on several CPU devices, whose collectives could deadlock."""
+    return 0 if jax.default_backend() == "cpu" and jax.local_device_count() > 1 else 2

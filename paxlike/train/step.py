@@ -1,0 +1,125 @@
+"""The training step: loss, gradients, clip, update, as one pure function of (state, batch)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from paxlike.log.metric import Metric
+from paxlike.train.optimizer import Optimizer
+from paxlike.train.state import TrainState
+
+OVERWRITE = "_overwrite_with_gradient"  # the collection whose "gradients" are its new values (FP8 scales)
+LOSS_EPSILON = 1e-6  # Pax adds this to the weight that the loss is divided by
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # by identity: jit needs a hash, and shardings have none
+class TrainStep:
+    """`step(state, batch) -> (state, metrics)`.
+
+    Attributes:
+      num_microbatches: parts into which the batch is cut; their gradients are added in float32, so the result is that
+        of the whole batch.
+      seed: root of all randomness; a step uses `fold_in(seed, step)`.
+      shardings: of the parameters; gradients are held to the same, so that they are reduced and scattered rather than
+        replicated. None on one device.
+    """
+
+    model: nn.Module
+    task: Any
+    optimizer: Optimizer
+    num_microbatches: int = 1
+    seed: int = 1234
+    shardings: Any = None
+
+    def __call__(self, state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, dict[str, Any]]:
+        """One step; a step whose gradient is not finite changes nothing but the counters."""
+        gradients, collections, metrics = self._gradients(state, batch)
+        norm = optax.tree.norm(gradients)
+        factor = self.optimizer.clip_factor(norm)
+        rate = self.optimizer.schedule(state.step)
+        directions, opt_state = self.optimizer.update(
+            jax.tree.map(lambda g: g * factor, gradients), state.opt_state, state.params
+        )
+        params = jax.tree.map(lambda p, u: p - rate * u, state.params, directions)
+        ema = self._average(state, params)
+        accepted = self.optimizer.accepts(norm)
+        proposed = TrainState(state.step, params, opt_state, collections, ema, state.skipped_steps)
+        kept = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), proposed, state)
+        skipped = state.skipped_steps + jnp.where(accepted, 0, 1)
+        metrics |= {
+            "learning_rate": rate,
+            "grad_norm": norm,
+            "clipped_grad_norm": norm * factor,
+            "param_norm": optax.tree.norm(state.params),
+            "skipped_steps": skipped,
+        }
+        return dataclasses.replace(kept, step=state.step + 1, skipped_steps=skipped), metrics
+
+    def _gradients(self, state: TrainState, batch):
+        """Gradients of the mean loss, new collections and summed metrics, over all microbatches."""
+        weight = self.task.weight(batch) + LOSS_EPSILON
+        key = jax.random.fold_in(jax.random.key(self.seed), state.step)
+        overwritten = {k: v for k, v in state.collections.items() if k == OVERWRITE}
+        others = {k: v for k, v in state.collections.items() if k != OVERWRITE}
+
+        def objective(params, overwritten, others, part, key):
+            variables = {"params": params, **overwritten, **others}
+            loss = self.task.loss(self.model, variables, part, {"dropout": key})
+            return loss.objective / weight, loss
+
+        differentiate = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
+
+        def microbatch(part, key, overwritten, others):
+            (_, loss), (gradients, new) = differentiate(state.params, overwritten, others, part, key)
+            if self.shardings is not None:
+                gradients = jax.lax.with_sharding_constraint(gradients, self.shardings)
+            kept = {k: v for k, v in loss.collections.items() if k != OVERWRITE}
+            return gradients, new, {**others, **kept}, loss.metrics
+
+        if self.num_microbatches == 1:
+            gradients, new, others, metrics = microbatch(batch, key, overwritten, others)
+            return gradients, {**new, **others}, metrics
+
+        def accumulate(carry, part_and_index):
+            (gradients, overwritten, others), (part, index) = carry, part_and_index
+            more, new, others, metrics = microbatch(part, jax.random.fold_in(key, index), overwritten, others)
+            gradients = jax.tree.map(lambda a, g: a + g.astype(a.dtype), gradients, more)
+            return (gradients, new, others), metrics
+
+        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.float32), state.params)
+        parts = _split(batch, self.num_microbatches)
+        carry, metrics = jax.lax.scan(
+            accumulate, (zeros, overwritten, others), (parts, jnp.arange(self.num_microbatches))
+        )
+        gradients, overwritten, others = carry
+        return gradients, {**overwritten, **others}, jax.tree.map(lambda m: jnp.sum(m, axis=0), metrics)
+
+    def _average(self, state: TrainState, params):
+        if state.ema is None:
+            return None
+        decay = self.optimizer.ema_decay
+        return jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, state.ema, params)
+
+
+def _split(batch, parts: int):
+    """(b, ...) -> (parts, b / parts, ...), taking every parts-th row so that each part spans all devices."""
+
+    def split(x):
+        b, *rest = x.shape
+        if b % parts:
+            raise ValueError(f"a batch of {b} rows does not divide into {parts} microbatches")
+        return jnp.moveaxis(x.reshape(b // parts, parts, *rest), 1, 0)
+
+    return jax.tree.map(split, dict(batch))
+
+
+def is_metric(value: Any) -> bool:
+    """Whether a leaf of the step's metrics is a sum with a weight (and not a plain number)."""
+    return isinstance(value, Metric)
