@@ -1,0 +1,22 @@
+"""Checkpoints of a run: atomic, asynchronous, checked, readable on any mesh and process count."""
+
+from paxlike.checkpoint.checkpointer import Checkpointer, Restored
+from paxlike.checkpoint.follow import finished_step, mark_finished, wait_for_new_checkpoint
+from paxlike.checkpoint.options import CheckpointOptions
+from paxlike.checkpoint.termination import EXIT_PREEMPTED, TerminationSignal
+from paxlike.checkpoint.weights import Weights, read_metadata, restore_params, restore_variables
+
+__all__ = [
+    "EXIT_PREEMPTED",
+    "CheckpointOptions",
+    "Checkpointer",
+    "Restored",
+    "TerminationSignal",
+    "Weights",
+    "finished_step",
+    "mark_finished",
+    "read_metadata",
+    "restore_params",
+    "restore_variables",
+    "wait_for_new_checkpoint",
+]
