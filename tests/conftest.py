@@ -29,3 +29,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def root() -> pathlib.Path:
     """The repository's root folder."""
     return ROOT
+
+
+def pytest_addoption(parser):
+    """Golden files are renewed on request, never by themselves."""
+    parser.addoption("--renew-golden", action="store_true", help="rewrite the golden files")

@@ -1,0 +1,1 @@
+"""The machinery behind configs/flags.py; nothing here is a config."""

@@ -1,0 +1,333 @@
+"""The knobs that all language models share, and what they expand to apart from the model itself."""
+
+from typing import Annotated, Any, Literal
+
+import fiddle as fdl
+
+from configs.knobs import Knobs
+from paxlike import parallel
+from paxlike.checkpoint import CheckpointOptions
+from paxlike.data.lambada import Lambada
+from paxlike.data.loader import Loader
+from paxlike.data.sources import JsonLines, TextFiles, TfdsSource
+from paxlike.data.synthetic import SyntheticTokens
+from paxlike.data.tokenizers import SentencePieceTokenizer
+from paxlike.decode import SamplingOptions
+from paxlike.evaluate import EvalOptions
+from paxlike.experiment import Experiment, InitialWeights, LogOptions
+from paxlike.tasks.language import CausalLanguage
+from paxlike.train.optimizer import Optimizer, Schedule
+
+NORMS_AND_BIASES = r"(scale|bias)$"
+
+
+class MeshKnobs(Knobs):
+    """Devices and batch."""
+
+    ICI_MESH_SHAPE: Annotated[
+        tuple[int, ...], "mesh inside a node, [data, fsdp, tensor]; -1: what is left"
+    ] = (8, 1, 1)
+    DCN_MESH_SHAPE: Annotated[tuple[int, ...], "mesh across nodes, multiplied elementwise"] = (
+        1,
+        1,
+        1,
+    )
+    MESH_AXES: Annotated[tuple[str, ...], "names of the mesh axes"] = parallel.AXES
+    PERCORE_BATCH_SIZE: Annotated[float, "rows per device and step, may be a fraction"] = 4
+    NUM_MICROBATCHES: Annotated[int, "parts of the batch whose gradients are accumulated"] = 1
+    FPROP_DTYPE: Annotated[
+        Literal["bfloat16", "float32", "float16"], "compute dtype; parameters are float32"
+    ] = "bfloat16"
+
+
+class OptimizerKnobs(Knobs):
+    """Optimizer and schedule."""
+
+    MAX_STEPS: Annotated[int, "optimizer steps of the whole run"] = 600000
+    LEARNING_RATE: Annotated[float, "peak learning rate"] = 6e-4
+    LR_SCHEDULE: Annotated[
+        Literal["linear_rampup_cosine_decay", "linear_rampup_exponential_decay", "constant"],
+        "shape of the learning rate",
+    ] = "linear_rampup_cosine_decay"
+    LR_COS_WARMUP: Annotated[int, "cosine: steps of linear warm-up from 0"] = 636
+    LR_COS_DECAY_START: Annotated[int, "cosine: step at which the decay starts"] = 637
+    LR_COS_DECAY_END: Annotated[int, "cosine: step at which it ends"] = 500000
+    LR_COS_MIN_RATIO: Annotated[float, "cosine: share of the peak that is left at the end"] = 0.1
+    LR_COS_MAX: Annotated[float, "cosine: factor of the peak at the top"] = 1.0
+    LR_LRED_WARMUP: Annotated[int, "exponential: steps of linear warm-up from 0"] = 4000
+    LR_LRED_DECAY_START: Annotated[int, "exponential: step at which the decay starts"] = 4001
+    LR_LRED_DECAY_END: Annotated[int, "exponential: step at which it ends"] = 300000
+    LR_LRED_MIN_RATIO: Annotated[
+        float, "exponential: share of the peak that is left at the end"
+    ] = 0.1
+    LR_LRED_MAX: Annotated[float, "exponential: factor of the peak at the top"] = 1.0
+    ADAM_BETA1: Annotated[float, "decay of the first moment"] = 0.9
+    ADAM_BETA2: Annotated[float, "decay of the second moment"] = 0.95
+    ADAM_EPSILON: Annotated[float, "added to sqrt(v)"] = 1e-8
+    ADAM_EPSILON_ROOT: Annotated[float, "added to v under the root"] = 0.0
+    ADAM_CLIP_THRESHOLD: Annotated[
+        float, "cap of the RMS of each tensor's update, 0 or less: none"
+    ] = -1.0
+    WEIGHT_DECAY: Annotated[float, "decoupled, times the learning rate"] = 0.1
+    WEIGHT_DECAY_EXCLUDE: Annotated[
+        str | None,
+        "regex of parameter names without decay; None decays all, norms and biases too, as Pax does",
+    ] = None
+    CLIP_GRADIENT_NORM_TO_VALUE: Annotated[float, "bound of the global gradient norm, 0: none"] = (
+        1.0
+    )
+    SKIP_STEP_GRADIENT_NORM_VALUE: Annotated[
+        float, "skip steps whose gradient norm is above this, 0: none"
+    ] = 0.0
+    EMA_DECAY: Annotated[float, "decay of averaged parameters that evaluation uses, 0: none"] = 0.0
+    Z_LOSS_WEIGHT: Annotated[float, "coefficient of the squared log normaliser"] = 0.0
+    LOGITS_CHUNK: Annotated[
+        int | None, "positions of a row whose logits exist at a time; None: by size, 0: all"
+    ] = None
+    SEED: Annotated[int, "of initialisation and dropout"] = 1234
+
+
+class DataKnobs(Knobs):
+    """Data and tokenizer."""
+
+    MAX_SEQ_LEN: Annotated[int, "tokens per row"] = 2048
+    VOCAB_PATH: Annotated[str | None, "SentencePiece model"] = None
+    TFDS_DATA_DIR: Annotated[str | None, "folder of prepared TFDS data sets; None: TFDS's own"] = (
+        None
+    )
+    TRAIN_FILES: Annotated[
+        str | None, "text or JSON-lines files (globs, comma-separated) in place of TFDS"
+    ] = None
+    EVAL_FILES: Annotated[str | None, "held-out files, as TRAIN_FILES"] = None
+    TEXT_KEY: Annotated[str, "key of the text in JSON lines"] = "text"
+    LAMBADA_FILE: Annotated[str | None, "JSON-lines file of LAMBADA in place of TFDS"] = None
+    EVAL_SETS: Annotated[
+        tuple[str, ...], "held-out sets: HeldOut, PileValidation, LambadaValidation"
+    ] = ()
+    PACKED_INPUT: Annotated[
+        bool, "attention stays inside each document (segments and positions)"
+    ] = False
+    TRAIN_INPUT_RANDOM_SEED: Annotated[int, "of the order of training rows"] = 0
+    CACHE_DIR: Annotated[str, "where tokenised data is kept"] = "~/.cache/paxlike"
+    TOKENIZE_WORKERS: Annotated[int, "processes that tokenise, 0: this one"] = 0
+
+
+class RunKnobs(Knobs):
+    """Evaluation, checkpoints and logs."""
+
+    EVAL_INTERVAL_STEPS: Annotated[int, "steps between evaluations while training"] = 100
+    EVAL_ON_TEST: Annotated[bool, "evaluate EVAL_SETS while training"] = False
+    EVAL_MAX_BATCHES: Annotated[int | None, "bound of one evaluation, in batches"] = None
+    CHECKPOINT_EVERY_N_STEPS: Annotated[
+        int | None, "steps between checkpoints, None: only the last"
+    ] = 5000
+    CHECKPOINT_EVERY_MINUTES: Annotated[float | None, "minutes between checkpoints"] = None
+    CHECKPOINT_MAX_TO_KEEP: Annotated[int, "newest checkpoints that are kept"] = 10
+    CHECKPOINT_KEEP_EVERY_N_STEPS: Annotated[int | None, "keep these for ever"] = None
+    CHECKPOINT_RESTORE_PATH: Annotated[
+        str | None, "checkpoint whose weights a fresh run starts from"
+    ] = None
+    CHECKPOINT_IGNORE_RULES: Annotated[
+        tuple[str, ...], "regexes of parameters not to take from there"
+    ] = ()
+    SUMMARY_INTERVAL_STEPS: Annotated[int, "steps between log lines"] = 100
+    PROFILER_CAPTURE_STEP: Annotated[int | None, "first step of a profiler trace"] = None
+    PROFILER_NUM_STEPS: Annotated[int, "steps in the trace"] = 2
+    PEAK_TFLOPS: Annotated[float | None, "peak TFLOP/s of a device for MFU; None: chip table"] = (
+        None
+    )
+
+
+class DecodeKnobs(Knobs):
+    """Decoding (--mode=decode)."""
+
+    DECODE_MAX_TOKENS: Annotated[int, "tokens of a continuation at most"] = 64
+    DECODE_TEMPERATURE: Annotated[float, "0: always the most likely token"] = 1.0
+    DECODE_TOP_K: Annotated[int, "choose among the k most likely, 0: all"] = 0
+    DECODE_TOP_P: Annotated[float, "choose among the most likely with this total probability"] = 1.0
+    DECODE_REPETITION_PENALTY: Annotated[float, "divides the scores of tokens that came before"] = (
+        1.0
+    )
+    DECODE_STOP_STRINGS: Annotated[tuple[str, ...], "a continuation ends before any of these"] = ()
+    DECODE_NUM_SAMPLES: Annotated[int, "continuations of each prompt"] = 1
+    DECODE_SEED: Annotated[int, "of the choices"] = 0
+
+
+class LanguageModelKnobs(
+    MeshKnobs, OptimizerKnobs, DataKnobs, RunKnobs, DecodeKnobs, abstract=True
+):
+    """A causal language model on text; a family adds `model()`."""
+
+    VOCAB_SIZE: Annotated[int, "rows of the token table"] = 50304
+
+    def model(self) -> fdl.Config[Any]:
+        """The model of the family."""
+        raise NotImplementedError
+
+    def experiment(self) -> fdl.Config[Experiment]:
+        """The whole tree."""
+        return fdl.Config(
+            Experiment,
+            name=type(self).__name__,
+            model=self.model(),
+            task=fdl.Config(CausalLanguage, z_loss=self.Z_LOSS_WEIGHT, chunk=self.LOGITS_CHUNK),
+            optimizer=self.optimizer(),
+            mesh=fdl.Config(
+                parallel.Mesh, ici=self.ICI_MESH_SHAPE, dcn=self.DCN_MESH_SHAPE, axes=self.MESH_AXES
+            ),
+            num_steps=self.MAX_STEPS,
+            percore_batch_size=self.PERCORE_BATCH_SIZE,
+            num_microbatches=self.NUM_MICROBATCHES,
+            seed=self.SEED,
+            compute_dtype=self.FPROP_DTYPE,
+            train_data=self.train_data(),
+            eval_data={name: self.eval_data(name) for name in self.EVAL_SETS},
+            tokenizer=self.tokenizer(),
+            initial_weights=self.initial_weights(),
+            sampling=self.sampling(),
+            checkpoints=fdl.Config(
+                CheckpointOptions,
+                every_n_steps=self.CHECKPOINT_EVERY_N_STEPS,
+                every_minutes=self.CHECKPOINT_EVERY_MINUTES,
+                keep_last=self.CHECKPOINT_MAX_TO_KEEP,
+                keep_every_n_steps=self.CHECKPOINT_KEEP_EVERY_N_STEPS,
+            ),
+            evaluation=fdl.Config(
+                EvalOptions,
+                every_n_steps=self.EVAL_INTERVAL_STEPS if self.EVAL_ON_TEST else 0,
+                max_batches=self.EVAL_MAX_BATCHES,
+            ),
+            logging=fdl.Config(
+                LogOptions,
+                summary_interval_steps=self.SUMMARY_INTERVAL_STEPS,
+                profiler_capture_step=self.PROFILER_CAPTURE_STEP,
+                profiler_num_steps=self.PROFILER_NUM_STEPS,
+                peak_tflops=self.PEAK_TFLOPS,
+            ),
+        )
+
+    def optimizer(self) -> fdl.Config[Optimizer]:
+        """AdamW and the schedule."""
+        prefix = "LR_LRED" if self.LR_SCHEDULE == "linear_rampup_exponential_decay" else "LR_COS"
+        schedule = fdl.Config(
+            Schedule,
+            kind=self.LR_SCHEDULE,
+            peak=self.LEARNING_RATE,
+            warmup=getattr(self, f"{prefix}_WARMUP"),
+            decay_start=getattr(self, f"{prefix}_DECAY_START"),
+            decay_end=getattr(self, f"{prefix}_DECAY_END"),
+            min_ratio=getattr(self, f"{prefix}_MIN_RATIO"),
+            max_ratio=getattr(self, f"{prefix}_MAX"),
+        )
+        return fdl.Config(
+            Optimizer,
+            schedule=schedule,
+            b1=self.ADAM_BETA1,
+            b2=self.ADAM_BETA2,
+            epsilon=self.ADAM_EPSILON,
+            epsilon_root=self.ADAM_EPSILON_ROOT,
+            weight_decay=self.WEIGHT_DECAY,
+            decay_exclude=self.WEIGHT_DECAY_EXCLUDE,
+            clip_norm=self.CLIP_GRADIENT_NORM_TO_VALUE,
+            clip_update=self.ADAM_CLIP_THRESHOLD,
+            skip_norm=self.SKIP_STEP_GRADIENT_NORM_VALUE,
+            ema_decay=self.EMA_DECAY,
+        )
+
+    def tokenizer(self) -> fdl.Config[Any] | None:
+        """The SentencePiece model, not read before it is used."""
+        return fdl.Config(SentencePieceTokenizer, path=self.VOCAB_PATH or "")
+
+    def initial_weights(self) -> fdl.Config[InitialWeights] | None:
+        """Weights of another run, if asked for."""
+        if self.CHECKPOINT_RESTORE_PATH is None:
+            return None
+        rules = tuple((pattern, None) for pattern in self.CHECKPOINT_IGNORE_RULES)
+        return fdl.Config(InitialWeights, path=self.CHECKPOINT_RESTORE_PATH, rules=rules)
+
+    def sampling(self) -> fdl.Config[SamplingOptions]:
+        """How continuations are chosen."""
+        return fdl.Config(
+            SamplingOptions,
+            max_tokens=self.DECODE_MAX_TOKENS,
+            temperature=self.DECODE_TEMPERATURE,
+            top_k=self.DECODE_TOP_K,
+            top_p=self.DECODE_TOP_P,
+            repetition_penalty=self.DECODE_REPETITION_PENALTY,
+            stop_strings=self.DECODE_STOP_STRINGS,
+            num_samples=self.DECODE_NUM_SAMPLES,
+            seed=self.DECODE_SEED,
+        )
+
+    def train_data(self) -> fdl.Config[Loader] | None:
+        """Training rows; None for configs that only evaluate."""
+        return self.loader(self.text("train", self.TRAIN_FILES), packed=self.PACKED_INPUT)
+
+    def eval_data(self, name: str) -> fdl.Config[Loader]:
+        """One held-out set by name."""
+        if name == "LambadaValidation":
+            files = self.LAMBADA_FILE
+            passages = (
+                fdl.Config(JsonLines, paths=files, text_key=self.TEXT_KEY)
+                if files
+                else fdl.Config(
+                    TfdsSource, name="my_lambada", split="test", data_dir=self.TFDS_DATA_DIR
+                )
+            )
+            return self.loader(fdl.Config(Lambada, passages=passages), packing="documents")
+        if name in ("PileValidation", "HeldOut"):
+            return self.loader(self.text("validation", self.EVAL_FILES))
+        raise ValueError(
+            f"EVAL_SETS: '{name}' is none of HeldOut, PileValidation, LambadaValidation"
+        )
+
+    def text(self, split: str, files: str | None) -> fdl.Config[Any]:
+        """A source of documents: files where they are given, else the Pile in TFDS."""
+        if files is None:
+            return fdl.Config(
+                TfdsSource,
+                name="the_pile",
+                split=split,
+                data_dir=self.TFDS_DATA_DIR,
+                text_key=self.TEXT_KEY,
+            )
+        names = [part.strip().removesuffix(".gz").removesuffix(".zst") for part in files.split(",")]
+        if all(name.endswith((".jsonl", ".json", ".jsonlines")) for name in names):
+            return fdl.Config(JsonLines, paths=files, text_key=self.TEXT_KEY)
+        return fdl.Config(TextFiles, paths=files)
+
+    def loader(
+        self, source: fdl.Config[Any], *, packed: bool = False, packing: str | None = None
+    ) -> fdl.Config[Loader]:
+        """Batches from a source with the tokenizer, length and seed of the knobs."""
+        return fdl.Config(
+            Loader,
+            source=source,
+            seq_len=self.MAX_SEQ_LEN,
+            tokenizer=self.tokenizer(),
+            packing=packing or ("packed" if packed else "concatenated"),
+            seed=self.TRAIN_INPUT_RANDOM_SEED,
+            cache_dir=self.CACHE_DIR,
+            num_workers=self.TOKENIZE_WORKERS,
+        )
+
+
+class SyntheticData(Knobs, abstract=True):
+    """Synthetic data."""
+
+    SYNTHETIC_RANDOM: Annotated[
+        bool, "random tokens; False: the constant token of Pax, whose loss falls to 0"
+    ] = False
+
+    def tokenizer(self) -> fdl.Config[Any] | None:
+        """None is needed, but one may be given for decoding."""
+        return super().tokenizer() if self.VOCAB_PATH else None
+
+    def train_data(self) -> fdl.Config[Loader]:
+        """Rows of the constant id 1, as in Pax, or of random ids."""
+        ids = (
+            {"vocab_size": self.VOCAB_SIZE, "seed": self.TRAIN_INPUT_RANDOM_SEED}
+            if self.SYNTHETIC_RANDOM
+            else {}
+        )
+        return self.loader(fdl.Config(SyntheticTokens, **ids), packed=self.PACKED_INPUT)

@@ -1,0 +1,114 @@
+"""Runs an experiment.
+
+    python main.py --fdl_config=configs.gpt.Quickstart --job_log_dir=DIR [--mode=train|eval|decode]
+
+Flags become a config, the config an Experiment, and that trains, evaluates or decodes. `--fdl_help` explains a config.
+"""
+
+import os
+import sys
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
+
+from absl import flags as absl_flags
+
+from configs import flags
+
+JOB_LOG_DIR = absl_flags.DEFINE_string(
+    "job_log_dir", None, "Folder for everything that the run writes."
+)
+MODE = absl_flags.DEFINE_enum("mode", "train", ["train", "eval", "decode"], "What to do.")
+EVAL_ON_TEST = absl_flags.DEFINE_boolean(
+    "eval_on_test", False, "train: evaluate the held-out sets while training."
+)
+FOLLOW = absl_flags.DEFINE_boolean(
+    "follow", False, "eval: wait for new checkpoints until the run has finished."
+)
+CHECKPOINT_STEP = absl_flags.DEFINE_integer(
+    "checkpoint_step", None, "eval, decode: step of the checkpoint, the latest by default."
+)
+CHECKPOINT = absl_flags.DEFINE_string(
+    "checkpoint",
+    None,
+    "eval, decode: another run or checkpoint to read, in place of --job_log_dir's own.",
+)
+PROMPT = absl_flags.DEFINE_multi_string("prompt", [], "decode: a prompt; may be repeated.")
+PROMPT_FILE = absl_flags.DEFINE_string(
+    "prompt_file", None, "decode: prompts, .txt (one a line) or .jsonl."
+)
+TFDS_DATA_DIR = absl_flags.DEFINE_string(
+    "tfds_data_dir", None, "Folder of TFDS data sets (the knob TFDS_DATA_DIR)."
+)
+MULTIPROCESS = absl_flags.DEFINE_boolean(
+    "multiprocess_gpu", False, "Join a run of several processes."
+)
+SERVER_ADDR = absl_flags.DEFINE_string(
+    "server_addr", None, "multiprocess: host:port of process 0; found by itself under Slurm."
+)
+NUM_HOSTS = absl_flags.DEFINE_integer("num_hosts", None, "multiprocess: number of processes.")
+HOST_IDX = absl_flags.DEFINE_integer(
+    "host_idx", None, "multiprocess: number of this process, from 0."
+)
+COMPILATION_CACHE = absl_flags.DEFINE_string(
+    "compilation_cache",
+    "~/.cache/paxlike/xla",
+    "Folder of compiled programs, kept from run to run; empty for none.",
+)
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code of the process."""
+    request, rest = flags.split(argv)
+    flags.parse_absl(rest)
+    if request.list:
+        print(flags.list_configs())
+        return 0
+    if request.help:
+        print(flags.help_page(request, os.environ, color=sys.stdout.isatty()))
+        return 0
+    if JOB_LOG_DIR.value is None:
+        raise flags.UsageError(
+            "--job_log_dir=DIR is missing: the folder for checkpoints, logs and results"
+        )
+    environ = dict(os.environ)
+    if TFDS_DATA_DIR.value is not None:
+        environ["TFDS_DATA_DIR"] = TFDS_DATA_DIR.value
+    resolved = flags.resolve(request, environ)
+    for notice in resolved.notices:
+        print(f"note: {notice}", file=sys.stderr)
+    return _run(resolved)
+
+
+def _run(resolved) -> int:
+    import fiddle as fdl
+
+    _set_up_jax()
+    experiment = fdl.build(resolved.tree)
+    if MODE.value == "train":
+        return experiment.train(JOB_LOG_DIR.value, config=resolved.json, config_text=resolved.text)
+    source = {"checkpoint": CHECKPOINT.value or JOB_LOG_DIR.value, "step": CHECKPOINT_STEP.value}
+    if MODE.value == "eval":
+        return experiment.evaluate(JOB_LOG_DIR.value, follow=FOLLOW.value, **source)
+    return experiment.decode(
+        JOB_LOG_DIR.value, prompts=PROMPT.value, prompt_file=PROMPT_FILE.value, **source
+    )
+
+
+def _set_up_jax() -> None:
+    """Everything global about JAX: processes, the compilation cache."""
+    import jax
+
+    if COMPILATION_CACHE.value and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(COMPILATION_CACHE.value))
+    if MULTIPROCESS.value or SERVER_ADDR.value is not None:
+        jax.distributed.initialize(
+            SERVER_ADDR.value, NUM_HOSTS.value, HOST_IDX.value, initialization_timeout=120
+        )
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv))
+    except (flags.UsageError, ValueError, OSError) as error:  # OSError: files, disks, time-outs
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

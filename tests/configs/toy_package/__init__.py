@@ -1,0 +1,1 @@
+"""A small package of configs, shaped like the real one."""
