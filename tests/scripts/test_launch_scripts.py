@@ -1,0 +1,287 @@
+"""The launch scripts: what they hand to main.py, and how they end."""
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+
+PILE = {
+    "--fdl_config": "configs.gpt.Pile126M",
+    "--tfds_data_dir": "/data",
+    "--fdl.FPROP_DTYPE": "bfloat16",
+    "--fdl.ICI_MESH_SHAPE": "[8,1,1]",
+    "--fdl.DCN_MESH_SHAPE": "[1,1,1]",
+    "--fdl.PERCORE_BATCH_SIZE": "4",
+    "--job_log_dir": "test_logdir",
+}
+SLURM = {"SLURM_NTASKS": "16", "SLURM_PROCID": "3", "SLURM_JOB_NUM_NODES": "2"}
+SLURM |= {"SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1"}
+
+# Stands for main.py where only the way a script ends is looked at.
+PROGRAM = """
+import os, signal, sys, time
+def stop(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it comes twice: to the group, and handed on
+    print("saved", flush=True)
+    sys.exit(83)
+signal.signal(signal.SIGTERM, stop)
+print("started", *sys.argv[1:], flush=True)
+if "--fail" in sys.argv or f"--host_idx={os.environ.get('FAIL')}" in sys.argv:
+    sys.exit(5)
+if "--wait" in sys.argv:
+    time.sleep(60)
+"""
+
+
+def start(script, *arguments, environment=(), **options):
+    inherited = {key: value for key, value in os.environ.items() if "SLURM" not in key}
+    for name in ("XLA_FLAGS", "BASE_XLA_FLAGS", "VOCAB_PATH", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        inherited.pop(name, None)
+    return subprocess.Popen(
+        ["bash", script, *arguments],
+        env=inherited | {"PYTHON": sys.executable} | dict(environment),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def run(script, *arguments, environment=()):
+    process = start(script, *arguments, environment=environment)
+    process.stdout_text, process.stderr_text = process.communicate(timeout=60)
+    return process
+
+
+def dry_run(script, *arguments, environment=()):
+    """Returns the flags for main.py, the environment and the log of a script."""
+    process = run(script, *arguments, environment=dict(environment) | {"DRY_RUN": "1"})
+    assert process.returncode == 0, process.stderr_text
+    *variables, command, log = process.stdout_text.splitlines()
+    _, main, *flags = shlex.split(command)
+    assert main.endswith("main.py")
+    named = dict(flag.split("=", 1) if "=" in flag else (flag, "") for flag in flags)
+    return named, dict(shlex.split(line)[0].split("=", 1) for line in variables), log
+
+
+def test_all_scripts_are_bash(root):
+    scripts = [*root.glob("scripts/**/*.sh"), root / ".ci/run"]
+    assert len(scripts) > 8
+    for script in scripts:
+        subprocess.run(["bash", "-n", script], check=True)
+        assert os.access(script, os.X_OK) or script.parent.name == "lib"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lock",
+        "quickstart",
+        "run_base_config_multinode",
+        "run_lambada_singlenode",
+        "run_multiprocess_local",
+        "run_pile_multinode",
+        "run_pile_singlenode",
+        "setup_env",
+        "test",
+    ],
+)
+def test_help_names_the_script_and_its_arguments(root, name):
+    process = run(root / f"scripts/{name}.sh", "--help")
+    assert process.returncode == 0
+    assert f"{name}.sh" in process.stdout_text
+    assert "set -euo" not in process.stdout_text
+
+
+def test_pile_singlenode_defaults(root):
+    flags, variables, log = dry_run(root / "scripts/run_pile_singlenode.sh", "/data", "/vocab")
+    assert flags == PILE
+    assert variables["VOCAB_PATH"] == "/vocab"
+    assert log == "log: test_logdir/pile_output.log"
+
+
+def test_pile_singlenode_arguments_in_the_order_of_pax(root):
+    arguments = ["/data", "/vocab", "float32", "4", "0.5", "/logs/a b", "--fdl.MAX_STEPS=7"]
+    flags, _, log = dry_run(root / "scripts/run_pile_singlenode.sh", *arguments)
+    assert flags == PILE | {
+        "--fdl.FPROP_DTYPE": "float32",
+        "--fdl.ICI_MESH_SHAPE": "[4,1,1]",
+        "--fdl.PERCORE_BATCH_SIZE": "0.5",
+        "--job_log_dir": "/logs/a b",
+        "--fdl.MAX_STEPS": "7",
+    }
+    assert log == "log: /logs/a b/pile_output.log"
+
+
+def test_pile_multinode_takes_mesh_and_processes_from_slurm(root):
+    script = root / "scripts/run_pile_multinode.sh"
+    flags, variables, log = dry_run(script, "/data", "/vocab", environment=SLURM)
+    assert flags == PILE | {
+        "--fdl.DCN_MESH_SHAPE": "[2,1,1]",
+        "--multiprocess_gpu": "",
+        "--server_addr": "10.0.0.1:12345",
+        "--num_hosts": "16",
+        "--host_idx": "3",
+    }
+    assert variables["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.85"
+    assert log == "log: test_logdir/pile_output-3.log"
+
+
+def test_lambada_evaluates_the_run_in_its_log_dir(root):
+    arguments = ["/data", "/vocab", "", "", "", "/run"]
+    flags, _, log = dry_run(root / "scripts/run_lambada_singlenode.sh", *arguments)
+    assert flags == PILE | {
+        "--fdl_config": "configs.gpt.Lambada126M",
+        "--mode": "eval",
+        "--job_log_dir": "/run",
+    }
+    assert log == "log: /run/lambada_output.log"
+
+
+def test_base_config_needs_no_vocabulary_and_splits_the_additional_arguments(root):
+    more = "--fdl.NUM_LAYERS=2 --fdl.ICI_MESH_SHAPE=[1,8,1]"
+    script = root / "scripts/run_base_config_multinode.sh"
+    arguments = ["Synthetic126M", "", "", "/run", "", "", more]
+    flags, variables, _ = dry_run(script, *arguments, environment=SLURM)
+    assert flags == {
+        "--fdl_config": "Synthetic126M",
+        "--job_log_dir": "/run",
+        "--fdl.FPROP_DTYPE": "bfloat16",
+        "--multiprocess_gpu": "",
+        "--server_addr": "10.0.0.1:12345",
+        "--num_hosts": "16",
+        "--host_idx": "3",
+        "--fdl.NUM_LAYERS": "2",
+        "--fdl.ICI_MESH_SHAPE": "[1,8,1]",
+    }
+    assert "VOCAB_PATH" not in variables
+    assert variables["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.9"
+
+
+def test_base_config_leaves_the_address_to_jax_where_slurm_names_none(root):
+    environment = SLURM | {"SLURM_LAUNCH_NODE_IPADDR": ""}
+    script = root / "scripts/run_base_config_multinode.sh"
+    flags, *_ = dry_run(script, "Synthetic126M", "", "", "/run", environment=environment)
+    assert "--multiprocess_gpu" in flags
+    assert "--server_addr" not in flags
+
+
+def test_xla_flags_are_added_to_the_base_flags(root):
+    script, arguments = root / "scripts/run_pile_singlenode.sh", ("/data", "/vocab")
+    _, variables, _ = dry_run(script, *arguments, environment={"XLA_FLAGS": "--xla_mine=1"})
+    assert "--xla_gpu_enable_triton_gemm=false" in variables["XLA_FLAGS"]
+    assert variables["XLA_FLAGS"].endswith(" --xla_mine=1")
+    environment = {"XLA_FLAGS": "--xla_mine=1", "BASE_XLA_FLAGS": "--xla_base=2"}
+    _, variables, _ = dry_run(script, *arguments, environment=environment)
+    assert variables["XLA_FLAGS"] == "--xla_base=2 --xla_mine=1"
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("run_pile_singlenode", ["/data"], "needs TFDS_DATA_DIR and VOCAB_PATH"),
+        ("run_pile_multinode", ["/data", "/vocab"], "SLURM_NTASKS and SLURM_PROCID are not set"),
+        ("run_lambada_singlenode", ["/data", "/vocab", "", "", "4"], "as the sixth, LOG_DIR"),
+        ("run_base_config_multinode", ["Synthetic126M"], "as the fourth, LOG_DIR"),
+        ("run_multiprocess_local", ["two"], "needs the number of processes first, not 'two'"),
+    ],
+)
+def test_missing_arguments_end_in_one_line(root, script, arguments, message):
+    process = run(root / f"scripts/{script}.sh", *arguments)
+    assert process.returncode == 2
+    assert process.stdout_text == ""
+    (line,) = process.stderr_text.splitlines()
+    assert message in line
+
+
+def test_unknown_xla_flag_ends_in_one_line_before_anything_starts(root, tmp_path):
+    process = run(
+        root / "scripts/run_pile_singlenode.sh",
+        *("/data", "/vocab", "", "", "", str(tmp_path / "logs")),
+        environment={"XLA_FLAGS": "--xla_gpu_enable_triton_gem=false"},
+    )
+    assert process.returncode == 2
+    (line,) = process.stderr_text.splitlines()
+    assert "did you mean --xla_gpu_enable_triton_gemm?" in line
+    assert not (tmp_path / "logs").exists()
+
+
+@pytest.fixture
+def copied(root, tmp_path):
+    """The scripts beside a main.py that does what its arguments say."""
+    shutil.copytree(root / "scripts", tmp_path / "scripts")
+    (tmp_path / "paxlike").symlink_to(root / "paxlike")
+    (tmp_path / "main.py").write_text(PROGRAM)
+    return tmp_path
+
+
+def pile(copied, *more):
+    arguments = ["/data", "/vocab", "", "", "", str(copied / "logs"), *more]
+    return copied / "scripts/run_pile_singlenode.sh", arguments
+
+
+def test_status_of_main_comes_through_the_log(copied):
+    script, arguments = pile(copied)
+    process = run(script, *arguments)
+    assert process.returncode == 0
+    assert process.stdout_text.endswith("Pile126M: success\n")
+
+    process = run(script, *arguments, "--fail")
+    assert process.returncode == 5
+    assert "FAILED with status 5" in process.stderr_text
+    assert (copied / "logs/pile_output.log").read_text().count("started") == 2  # appended
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_lets_main_save_and_loses_no_output(copied, number):
+    script, arguments = pile(copied, "--wait")
+    process = start(script, *arguments, start_new_session=True)
+    assert process.stdout.readline().startswith("started")
+    os.killpg(process.pid, number)  # as a terminal or Slurm sends it: to all of the step
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 83
+    assert "goes on from there" in errors
+    assert "saved" in (copied / "logs/pile_output.log").read_text()
+
+
+def test_log_folder_that_cannot_be_written_is_named(copied):
+    (copied / "logs").write_text("a file")
+    script, arguments = pile(copied)
+    process = run(script, *arguments)
+    assert process.returncode == 2
+    assert "cannot write" in process.stderr_text.splitlines()[-1]
+
+
+def test_local_processes_get_one_address_and_their_numbers(copied):
+    script = copied / "scripts/run_multiprocess_local.sh"
+    process = run(script, "3", "--fdl_config=X", environment={"SERVER_PORT": "23456"})
+    assert process.returncode == 0
+    assert sorted(process.stdout_text.splitlines()) == [
+        f"[{idx}] started --fdl_config=X --multiprocess_gpu --server_addr=127.0.0.1:23456"
+        f" --num_hosts=3 --host_idx={idx}"
+        for idx in range(3)
+    ]
+
+
+def test_local_processes_end_together_with_the_status_of_the_first_that_fails(copied):
+    script = copied / "scripts/run_multiprocess_local.sh"
+    process = run(script, "3", "--wait", environment={"FAIL": "1"})
+    assert process.returncode == 5
+    assert sorted(line for line in process.stdout_text.splitlines() if "saved" in line) == [
+        "[0] saved",
+        "[2] saved",
+    ]
+
+
+def test_local_processes_all_hear_a_signal(copied):
+    process = start(copied / "scripts/run_multiprocess_local.sh", "2", "--wait")
+    for _ in range(2):
+        assert "started" in process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 83
+    assert output.count("saved") == 2
