@@ -83,7 +83,10 @@ def _run(resolved) -> int:
     import fiddle as fdl
 
     _set_up_jax()
-    experiment = fdl.build(resolved.tree)
+    try:
+        experiment = fdl.build(resolved.tree)
+    except ValueError as error:  # Fiddle adds a paragraph on where in the tree
+        raise flags.UsageError(str(error).split("\n\nFiddle context")[0]) from error
     if MODE.value == "train":
         return experiment.train(JOB_LOG_DIR.value, config=resolved.json, config_text=resolved.text)
     source = {"checkpoint": CHECKPOINT.value or JOB_LOG_DIR.value, "step": CHECKPOINT_STEP.value}

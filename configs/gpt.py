@@ -66,7 +66,7 @@ class GPT(LanguageModelKnobs, abstract=True):
             position=fdl.Config(
                 LearnedPosition,
                 max_length=self.MAX_SEQ_LEN,
-                init=self.init(),
+                table_init=self.init(),
                 dtype=self.FPROP_DTYPE,
             )
             if self.TRAINABLE_POSITION_EMB
@@ -144,7 +144,7 @@ class GPT(LanguageModelKnobs, abstract=True):
             Embedding,
             vocab_size=self.VOCAB_SIZE,
             features=self.MODEL_DIMS,
-            init=self.init(std),
+            table_init=self.init(std),
             lookup=self.EMBEDDING_LOOKUP_STYLE,
             dtype=self.FPROP_DTYPE,
         )

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 class HeldOut(Protocol):
     """A finite data set in batches of one shape; rows that fill the last one have `example_weight` 0."""
 
-    def spec(self, global_batch: int, *, evaluation: bool = False) -> dict[str, jax.ShapeDtypeStruct]:
+    def spec(
+        self, global_batch: int, *, evaluation: bool = False
+    ) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of a batch."""
         ...
 
@@ -59,7 +61,8 @@ class Evaluator:
         self._sharding = parallel.named_sharding(mesh, ("batch", "length"))
         replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         self._step = jax.jit(
-            lambda variables, batch: task.evaluate(model, variables, batch), out_shardings=replicated
+            lambda variables, batch: task.evaluate(model, variables, batch),
+            out_shardings=replicated,
         )
 
     def run(self, variables: Mapping[str, Any]) -> dict[str, Metric]:
@@ -114,7 +117,9 @@ class EvalOptions:
 
     def due(self, step: int, num_steps: int) -> bool:
         """Whether to evaluate after `step` steps."""
-        return bool(self.every_n_steps) and (step % self.every_n_steps == 0 or (self.at_end and step == num_steps))
+        return bool(self.every_n_steps) and (
+            step % self.every_n_steps == 0 or (self.at_end and step == num_steps)
+        )
 
 
 def make_evaluators(experiment: Experiment, mesh: jax.sharding.Mesh) -> list[Evaluator]:
@@ -134,11 +139,18 @@ def make_evaluators(experiment: Experiment, mesh: jax.sharding.Mesh) -> list[Eva
 
 
 def evaluate(
-    experiment: Experiment, job_log_dir: str, *, checkpoint: str | None, step: int | None, follow: bool
+    experiment: Experiment,
+    job_log_dir: str,
+    *,
+    checkpoint: str | None,
+    step: int | None,
+    follow: bool,
+    references: Mapping[str, float],
 ) -> int:
     """Evaluates one checkpoint, or with `follow` each new one, on all held-out sets of the experiment.
 
     Weights only are read (the averaged ones where there are any), onto this mesh, whatever mesh wrote them.
+    `references` are unigram entropies by set, in nats per token, shown beside the loss.
 
     Raises:
       ValueError: no held-out set, no checkpoint, or weights that do not fit the model.
@@ -157,6 +169,8 @@ def evaluate(
             for evaluator in evaluators:
                 with log.busy(f"evaluating {evaluator.name} at step {weights.step:,}"):
                     metrics = evaluator.run(weights.variables)
+                if evaluator.name in references:
+                    metrics["unigram_entropy"] = Metric(references[evaluator.name], 1.0)
                 log.evaluate(evaluator.name, weights.step, metrics)
                 _write_result(directory, evaluator.name, weights.step, metrics)
     return 0
@@ -168,5 +182,8 @@ def _write_result(directory: Path, name: str, step: int, metrics: Mapping[str, M
         return
     path = directory / "eval_out" / name / f"eval_out_{step:08d}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    values = {key: {"value": metric.value(), "weight": float(metric.weight)} for key, metric in metrics.items()}
+    values = {
+        key: {"value": metric.value(), "weight": float(metric.weight)}
+        for key, metric in metrics.items()
+    }
     path.write_text(json.dumps({"step": step, "split": name, "metrics": values}, indent=1) + "\n")

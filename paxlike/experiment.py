@@ -15,6 +15,7 @@ from flax import linen as nn
 
 from paxlike import decode, evaluate, parallel
 from paxlike.checkpoint import CheckpointOptions
+from paxlike.data.statistics import unigram_entropy_of
 from paxlike.data.tokenizers import check_vocabulary
 from paxlike.evaluate import EvalOptions
 from paxlike.log.run_log import RunLog
@@ -95,9 +96,10 @@ class Experiment:
         """Rows of one step over all devices; ValueError where the numbers do not fit together."""
         rows = self.mesh.global_batch_size(self.percore_batch_size)
         if rows % (self.num_microbatches * self.mesh.num_batch_shards):
+            shards = self.mesh.num_batch_shards
             raise ValueError(
-                f"NUM_MICROBATCHES={self.num_microbatches} does not divide the {rows // self.mesh.num_batch_shards} rows of "
-                f"each of the {self.mesh.num_batch_shards} batch shards ({rows} rows in all)"
+                f"NUM_MICROBATCHES={self.num_microbatches} does not divide the {rows // shards} rows of each of the "
+                f"{shards} batch shards ({rows} rows in all)"
             )
         return rows
 
@@ -127,20 +129,44 @@ class Experiment:
             tensorboard=options.tensorboard,
             is_main=jax.process_index() == 0,
             compute_dtype=self.compute_dtype,
-            peak_flops_per_device=None if options.peak_tflops is None else options.peak_tflops * 1e12,
+            peak_flops_per_device=None
+            if options.peak_tflops is None
+            else options.peak_tflops * 1e12,
         )
 
     def train(self, job_log_dir: str, *, config: str = "{}", config_text: str = "") -> int:
         """Trains, or goes on with, the run in `job_log_dir`; returns the exit code of the process."""
-        return loop.train(self.on_these_devices(), job_log_dir, config=config, config_text=config_text)
+        return loop.train(
+            self.on_these_devices(), job_log_dir, config=config, config_text=config_text
+        )
 
-    def evaluate(self, job_log_dir: str, *, checkpoint: str | None = None, step: int | None = None, follow: bool = False) -> int:
+    def evaluate(
+        self,
+        job_log_dir: str,
+        *,
+        checkpoint: str | None = None,
+        step: int | None = None,
+        follow: bool = False,
+    ) -> int:
         """Evaluates a checkpoint (default: the latest of `job_log_dir`) on the held-out sets; returns the exit code.
 
         With `follow`, every new checkpoint of a running job, until the run has finished.
         """
         here = self.on_these_devices()
-        return evaluate.evaluate(here, job_log_dir, checkpoint=checkpoint, step=step, follow=follow)
+        # What a model without context could reach at best: says how much a loss is worth.
+        references = {
+            name: unigram_entropy_of(data)
+            for name, data in here.eval_data.items()
+            if data.tokenizer is not None
+        }
+        return evaluate.evaluate(
+            here,
+            job_log_dir,
+            checkpoint=checkpoint,
+            step=step,
+            follow=follow,
+            references=references,
+        )
 
     def decode(self, job_log_dir: str, **options: Any) -> int:
         """Continues prompts with a checkpoint; see `paxlike.decode.decode` for the options."""

@@ -19,10 +19,22 @@ from paxlike.train.step import TrainStep
 VOCAB, LENGTH, ROWS = 256, 32, 8
 
 
-def model(*, layers=4, width=64, heads=4, scan=True, remat="SAVE_NOTHING", dropout=0.0, dtype="float32", **attention):
+def model(
+    *,
+    layers=4,
+    width=64,
+    heads=4,
+    scan=True,
+    remat="SAVE_NOTHING",
+    dropout=0.0,
+    dtype="float32",
+    **attention,
+):
     """A GPT of 4 layers and 64 wide."""
     block = Block(
-        mixer=Attention(num_heads=heads, head_dim=width // heads, dropout=dropout, dtype=dtype, **attention),
+        mixer=Attention(
+            num_heads=heads, head_dim=width // heads, dropout=dropout, dtype=dtype, **attention
+        ),
         ffn=FeedForward(hidden=4 * width, dropout=dropout, dtype=dtype),
         mixer_norm=LayerNorm(dtype=dtype),
         ffn_norm=LayerNorm(dtype=dtype),
@@ -52,21 +64,32 @@ def batches(number=4, *, rows=ROWS, seed=0, weights=True):
 
 def optimizer(**changes):
     """AdamW at a constant rate with every part switched on."""
-    return Optimizer(**{"schedule": Schedule("constant", 1e-3), "weight_decay": 0.1, "clip_norm": 1.0, **changes})
+    return Optimizer(
+        **{"schedule": Schedule("constant", 1e-3), "weight_decay": 0.1, "clip_norm": 1.0, **changes}
+    )
 
 
 class Trainer:
     """A model, state and compiled step on a mesh; `step(batch)` returns the step's metrics."""
 
-    def __init__(self, shape=(1, 1, 1), *, net=None, opt=None, task=None, microbatches=1, data=None, seed=0):
+    def __init__(
+        self, shape=(1, 1, 1), *, net=None, opt=None, task=None, microbatches=1, data=None, seed=0
+    ):
         count = int(np.prod(shape))
         self.mesh = parallel.Mesh(ici=shape).build(jax.devices()[:count])
         self.data = data or batches()
-        self.model, self.optimizer, self.task = net or model(), opt or optimizer(), task or CausalLanguage()
+        self.model, self.optimizer, self.task = (
+            net or model(),
+            opt or optimizer(),
+            task or CausalLanguage(),
+        )
         with parallel.activate(self.mesh):
             names = {k: ("batch", "length")[: v.ndim] for k, v in self.data[0].items()}
             self.place = {k: parallel.named_sharding(self.mesh, n) for k, n in names.items()}
-            spec = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=self.place[k]) for k, v in self.data[0].items()}
+            spec = {
+                k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=self.place[k])
+                for k, v in self.data[0].items()
+            }
             self.factory = StateFactory(self.model, self.optimizer, spec, self.mesh)
             self.abstract = self.factory.abstract()
             self.shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)

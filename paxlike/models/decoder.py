@@ -31,7 +31,9 @@ class Output:
         """hidden @ table.T in float32, for all positions."""
         dimensions = (((2,), (1,)), ((), ()))
         table = self.table.astype(self.hidden.dtype)
-        logits = jax.lax.dot_general(self.hidden, table, dimensions, preferred_element_type=jnp.float32)
+        logits = jax.lax.dot_general(
+            self.hidden, table, dimensions, preferred_element_type=jnp.float32
+        )
         return parallel.shard(logits, "batch", "length", "act_vocab")
 
 

@@ -46,9 +46,14 @@ class Mesh:
                 f"ICI_MESH_SHAPE={list(self.ici)} and DCN_MESH_SHAPE={list(dcn)} need one entry for each of the "
                 f"axes {list(self.axes)}"
             )
-        if any(n < 1 for n in dcn) or any(n < 1 and n != -1 for n in self.ici) or self.ici.count(-1) > 1:
+        if (
+            any(n < 1 for n in dcn)
+            or any(n < 1 and n != -1 for n in self.ici)
+            or self.ici.count(-1) > 1
+        ):
             raise ValueError(
-                f"mesh sizes must be at least 1 (one of ICI_MESH_SHAPE may be -1: what is left), got ICI_MESH_SHAPE={list(self.ici)}, DCN_MESH_SHAPE={list(dcn)}"
+                f"mesh sizes must be at least 1 (one of ICI_MESH_SHAPE may be -1: what is left), got "
+                f"ICI_MESH_SHAPE={list(self.ici)}, DCN_MESH_SHAPE={list(dcn)}"
             )
 
     @property
@@ -116,14 +121,16 @@ class Mesh:
             return compat.auto_mesh(array, self.axes)
         if len(nodes) != math.prod(self.dcn):
             raise ValueError(
-                f"DCN_MESH_SHAPE={list(self.dcn)} spans {math.prod(self.dcn)} nodes but the devices are in {len(nodes)} "
-                f"nodes of {len(nodes[0])}"
+                f"DCN_MESH_SHAPE={list(self.dcn)} spans {math.prod(self.dcn)} nodes but the devices are in "
+                f"{len(nodes)} nodes of {len(nodes[0])}"
             )
         inside = np.stack([_device_array(self.ici, node) for node in nodes])
         grid = inside.reshape(self.dcn + self.ici)
         rank = len(self.axes)
         order = list(itertools.chain.from_iterable((i, rank + i) for i in range(rank)))
-        return compat.auto_mesh(grid.transpose(order).reshape(tuple(self.shape.values())), self.axes)
+        return compat.auto_mesh(
+            grid.transpose(order).reshape(tuple(self.shape.values())), self.axes
+        )
 
 
 def _nodes(devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
@@ -157,7 +164,8 @@ def _nearest(shape: tuple[int, ...], num_devices: int) -> tuple[int, ...]:
     def distance(candidate):
         # A size of 1 that grows changes the kind of parallelism, so it costs double.
         return sum(
-            abs(math.log(c / s)) * (2 if s == 1 < c else 1) for c, s in zip(candidate, shape, strict=True)
+            abs(math.log(c / s)) * (2 if s == 1 < c else 1)
+            for c, s in zip(candidate, shape, strict=True)
         )
 
     return min(factorisations(num_devices, len(shape)), key=distance)

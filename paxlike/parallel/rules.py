@@ -1,7 +1,7 @@
 """Logical axis names, and the rules that map them to mesh axes.
 
-Layers name the dimensions of their parameters and of their activations (`embed`, `heads`, `batch`, ...); these rules, and
-nothing else, say over which mesh axis a name is spread. Weights and activations have different names for the same
+Layers name the dimensions of their parameters and of their activations (`embed`, `heads`, `batch`, ...); these rules,
+and nothing else, say over which mesh axis a name is spread. Weights and activations have different names for the same
 dimension: under fsdp the width of a weight is sharded and that of an activation is not.
 """
 
@@ -68,7 +68,9 @@ def spec(*names: str | None) -> P:
 def shard(x: jax.Array, *names: str | None) -> jax.Array:
     """`x`, constrained to the sharding that its logical names ask for; unchanged outside a mesh."""
     if x.ndim != len(names):
-        raise ValueError(f"an array of shape {x.shape} cannot have the {len(names)} axis names {names}")
+        raise ValueError(
+            f"an array of shape {x.shape} cannot have the {len(names)} axis names {names}"
+        )
     sizes = compat.current_mesh_shape()
     if math.prod(sizes.values()) <= 1:
         return x
@@ -86,7 +88,9 @@ def num_shards(name: str) -> int:
     return math.prod(sizes.get(axis, 1) for axis in _as_tuple(_rules.get().get(name)))
 
 
-def check_divisible(names: tuple[str | None, ...], shape: tuple[int, ...], sizes: Mapping[str, int], what: str) -> None:
+def check_divisible(
+    names: tuple[str | None, ...], shape: tuple[int, ...], sizes: Mapping[str, int], what: str
+) -> None:
     """Raises one line that names the numbers where a dimension of `shape` does not divide over its mesh axes."""
     for name, size in zip(names, shape, strict=True):
         axes = _as_tuple(_rules.get().get(name) if name else None)
@@ -94,20 +98,26 @@ def check_divisible(names: tuple[str | None, ...], shape: tuple[int, ...], sizes
         if size % parts:
             fits = [n for n in range(1, parts + 1) if size % n == 0 and parts % n == 0]
             raise ValueError(
-                f"{what}: its dimension '{name}' = {size} does not divide over the mesh axis {'x'.join(axes)} = {parts}; "
-                f"use {'x'.join(axes)} = {max(fits)}, or a '{name}' that is a multiple of {parts}"
+                f"{what}: its dimension '{name}' = {size} does not divide over the mesh axis {'x'.join(axes)} = "
+                f"{parts}; use {'x'.join(axes)} = {max(fits)}, or a '{name}' that is a multiple of {parts}"
             )
 
 
 def _mesh_axes(names: tuple[str | None, ...], sizes: Mapping[str, int]) -> list[MeshAxes]:
-    rules, result, taken = _rules.get(), [], {}
+    rules = _rules.get()
+    result: list[MeshAxes] = []
+    taken: dict[str, str | None] = {}
     for name in names:
         if name is not None and name not in rules:
-            raise ValueError(f"no rule for the logical axis '{name}'; the rules name {sorted(rules)}")
+            raise ValueError(
+                f"no rule for the logical axis '{name}'; the rules name {sorted(rules)}"
+            )
         axes = tuple(a for a in _as_tuple(rules.get(name) if name else None) if sizes.get(a, 1) > 1)
         for axis in axes:
             if axis in taken:
-                raise ValueError(f"'{taken[axis]}' and '{name}' of one array are both on the mesh axis '{axis}'")
+                raise ValueError(
+                    f"'{taken[axis]}' and '{name}' of one array are both on the mesh axis '{axis}'"
+                )
             taken[axis] = name
         result.append(axes[0] if len(axes) == 1 else axes or None)
     return result

@@ -34,10 +34,20 @@ class CausalLanguage:
     def loss(self, model: nn.Module, variables: Variables, batch: Batch, rngs) -> Loss:
         """Sum of the cross-entropy and the z-loss over the scored tokens; accuracy beside it."""
         output, collections = model.apply(
-            variables, batch["tokens"], **_layout(batch), train=True, rngs=rngs, mutable=_mutable(variables)
+            variables,
+            batch["tokens"],
+            **_layout(batch),
+            train=True,
+            rngs=rngs,
+            mutable=_mutable(variables),
         )
         total, parts = cross_entropy.linear_cross_entropy(
-            output.hidden, output.table, batch["targets"], batch["weights"], chunk=self.chunk, z_loss=self.z_loss
+            output.hidden,
+            output.table,
+            batch["targets"],
+            batch["weights"],
+            chunk=self.chunk,
+            z_loss=self.z_loss,
         )
         weight = self.weight(batch)
         metrics = {
@@ -71,7 +81,9 @@ class CausalLanguage:
             "acc_strict": Metric(jnp.sum(strict * scored), jnp.sum(scored)),
         }
         if "num_bytes" in batch:
-            metrics["bits_per_byte"] = Metric(total / math.log(2.0), jnp.sum(batch["num_bytes"] * rows))
+            metrics["bits_per_byte"] = Metric(
+                total / math.log(2.0), jnp.sum(batch["num_bytes"] * rows)
+            )
         return metrics
 
     def forward(self, model: nn.Module, variables: Variables, batch: Batch) -> jax.Array:

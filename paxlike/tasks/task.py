@@ -40,7 +40,9 @@ class Task(Protocol):
         """What the sum over the batch is divided by; known before the forward pass, so that microbatches add up."""
         ...
 
-    def loss(self, model: nn.Module, variables: Variables, batch: Batch, rngs: Mapping[str, jax.Array]) -> Loss:
+    def loss(
+        self, model: nn.Module, variables: Variables, batch: Batch, rngs: Mapping[str, jax.Array]
+    ) -> Loss:
         """The training loss (dropout active)."""
         ...
 

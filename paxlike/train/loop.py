@@ -49,7 +49,15 @@ def train(experiment: Experiment, job_log_dir: str, *, config: str, config_text:
 class _Run:
     """One start of a run: what is made once, and the loop over it."""
 
-    def __init__(self, experiment: Experiment, directory: Path, mesh, log: RunLog, config: str, config_text: str):
+    def __init__(
+        self,
+        experiment: Experiment,
+        directory: Path,
+        mesh,
+        log: RunLog,
+        config: str,
+        config_text: str,
+    ):
         self.experiment, self.directory, self.mesh, self.log = experiment, directory, mesh, log
         self.config, self.config_text = config, config_text
         self.global_batch = experiment.global_batch_size
@@ -66,7 +74,9 @@ class _Run:
         stop = stack.enter_context(TerminationSignal())
         state, start = self._restore_or_initialize(checkpointer)
         if start >= experiment.num_steps:
-            log.progress.write(f"training is complete: step {start:,} of {experiment.num_steps:,}; nothing to do")
+            log.progress.write(
+                f"training is complete: step {start:,} of {experiment.num_steps:,}; nothing to do"
+            )
             return 0
         batches = experiment.train_data.batches(
             global_batch=self.global_batch,
@@ -80,7 +90,10 @@ class _Run:
         evaluators = self._evaluators()
         options = experiment.logging
         profiler = Profiler(
-            self.directory / "profile", options.profiler_capture_step, options.profiler_num_steps, log=log
+            self.directory / "profile",
+            options.profiler_capture_step,
+            options.profiler_num_steps,
+            log=log,
         )
         stack.callback(profiler.close)
         waiting: deque[tuple[int, Mapping[str, Any], float]] = deque()
@@ -92,11 +105,21 @@ class _Run:
             while len(waiting) > limit:
                 done, metrics, waited = waiting.popleft()
                 metrics = jax.device_get(metrics)  # waits for this step, while later ones run
-                log.train(done, metrics, data_wait_seconds=waited, tokens=self.tokens_per_step, flops=flops)
+                log.train(
+                    done,
+                    metrics,
+                    data_wait_seconds=waited,
+                    tokens=self.tokens_per_step,
+                    flops=flops,
+                )
                 if int(metrics["skipped_steps"]) > skipped:
                     skipped = int(metrics["skipped_steps"])
                     norm = float(metrics["grad_norm"])
-                    log.warning(f"step {done:,} was skipped: its gradient norm is {norm}", step=done, skipped=skipped)
+                    log.warning(
+                        f"step {done:,} was skipped: its gradient norm is {norm}",
+                        step=done,
+                        skipped=skipped,
+                    )
 
         for done in range(start + 1, experiment.num_steps + 1):
             waited = batches.waited_seconds
@@ -156,9 +179,15 @@ class _Run:
             weights = experiment.initial_weights
             with log.busy(f"reading weights from {weights.path}"):
                 params = restore_params(
-                    weights.path, self.abstract.params, rules=weights.rules, init_params=state.params
+                    Path(weights.path),
+                    self.abstract.params,
+                    rules=weights.rules,
+                    init_params=state.params,
                 )
-            state = state.replace(params=params, ema=None if state.ema is None else jax.tree.map(jax.numpy.copy, params))
+            state = state.replace(
+                params=params,
+                ema=None if state.ema is None else jax.tree.map(jax.numpy.copy, params),
+            )
         return state, 0
 
     def _data_position(self, saved: Mapping[str, Any]) -> int:
@@ -196,22 +225,43 @@ class _Run:
     def _flops(self) -> int:
         variables = {"params": self.abstract.params, **self.abstract.collections}
         model = self.experiment.model
-        return train_flops(lambda v, b: self.experiment.task.forward(model, v, b), variables, self.spec)
+        return train_flops(
+            lambda v, b: self.experiment.task.forward(model, v, b), variables, self.spec
+        )
 
     def _evaluators(self) -> list[Evaluator]:
-        return make_evaluators(self.experiment, self.mesh) if self.experiment.evaluation.every_n_steps else []
+        return (
+            make_evaluators(self.experiment, self.mesh)
+            if self.experiment.evaluation.every_n_steps
+            else []
+        )
 
     def _evaluate(self, evaluators: list[Evaluator], state: TrainState, done: int) -> None:
         for evaluator in evaluators:
             self.log.evaluate(evaluator.name, done, evaluator.run(state.variables(use_ema=True)))
 
-    def _save(self, checkpointer: Checkpointer, state: TrainState, done: int, batches, *, wait: bool) -> None:
-        data = {"rows": batches.step * self.global_batch, "fingerprint": self.experiment.train_data.fingerprint()}
+    def _save(
+        self, checkpointer: Checkpointer, state: TrainState, done: int, batches, *, wait: bool
+    ) -> None:
+        data = {
+            "rows": batches.step * self.global_batch,
+            "fingerprint": self.experiment.train_data.fingerprint(),
+        }
         saved = checkpointer.save(
-            done, state, data=data, config=self.config, config_text=self.config_text, wait=wait, force=True
+            done,
+            state,
+            data=data,
+            config=self.config,
+            config_text=self.config_text,
+            wait=wait,
+            force=True,
         )
         if saved:
-            self.log.event("checkpoint_saved", step=done, stall_seconds=round(checkpointer.last_stall_seconds, 4))
+            self.log.event(
+                "checkpoint_saved",
+                step=done,
+                stall_seconds=round(checkpointer.last_stall_seconds, 4),
+            )
 
 
 def batch_spec(spec: Mapping[str, jax.ShapeDtypeStruct], mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -226,5 +276,5 @@ def batch_spec(spec: Mapping[str, jax.ShapeDtypeStruct], mesh) -> dict[str, jax.
 
 
 def _max_in_flight() -> int:
-    """Steps dispatched ahead of the one that is logged; none on several CPU devices, whose collectives could deadlock."""
+    """Steps dispatched ahead of the logged one; none on several CPU devices, whose collectives can deadlock."""
     return 0 if jax.default_backend() == "cpu" and jax.local_device_count() > 1 else 2

@@ -1,7 +1,7 @@
 """Optimizer: global-norm clip, Adam, decoupled weight decay, learning-rate schedule, as Pax orders them.
 
-update = -lr(step) * (cap(adam(clip(g))) + weight_decay * p). The schedule is a function of the step counter of the training
-state, which advances on skipped steps too. AdamW: Loshchilov and Hutter 2019.
+update = -lr(step) * (cap(adam(clip(g))) + weight_decay * p). The schedule is a function of the step counter of the
+training state, which advances on skipped steps too. AdamW: Loshchilov and Hutter 2019.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class Schedule:
             raise ValueError(f"LR_SCHEDULE='{self.kind}' is none of {', '.join(kinds)}")
         if self.kind != "constant" and not 0 <= self.warmup <= self.decay_start < self.decay_end:
             raise ValueError(
-                f"the schedule needs warmup <= decay start < decay end, got {self.warmup}, {self.decay_start}, {self.decay_end}"
+                f"the schedule needs warmup <= decay start < decay end, got "
+                f"{self.warmup}, {self.decay_start}, {self.decay_end}"
             )
 
     def __call__(self, step: jax.typing.ArrayLike) -> Float[Array, ""]:
@@ -52,10 +53,16 @@ class Schedule:
         if self.kind == "constant":
             return jnp.asarray(self.peak, jnp.float32)
         step = jnp.asarray(step, jnp.float32)
-        rise = jnp.minimum(step / max(self.warmup, 1), 1.0) if self.warmup else jnp.ones((), jnp.float32)
+        rise = (
+            jnp.minimum(step / max(self.warmup, 1), 1.0)
+            if self.warmup
+            else jnp.ones((), jnp.float32)
+        )
         done = jnp.clip((step - self.decay_start) / (self.decay_end - self.decay_start), 0.0, 1.0)
         if self.kind == "linear_rampup_cosine_decay":
-            fall = self.min_ratio + (self.max_ratio - self.min_ratio) * 0.5 * (1.0 + jnp.cos(jnp.pi * done))
+            fall = self.min_ratio + (self.max_ratio - self.min_ratio) * 0.5 * (
+                1.0 + jnp.cos(jnp.pi * done)
+            )
         else:
             fall = self.max_ratio * (self.min_ratio / self.max_ratio) ** done
         return self.peak * rise * fall
@@ -88,7 +95,11 @@ class Optimizer:
     ema_decay: float = 0.0
 
     def __post_init__(self):
-        for name, value in (("ADAM_BETA1", self.b1), ("ADAM_BETA2", self.b2), ("EMA_DECAY", self.ema_decay)):
+        for name, value in (
+            ("ADAM_BETA1", self.b1),
+            ("ADAM_BETA2", self.b2),
+            ("EMA_DECAY", self.ema_decay),
+        ):
             if not 0.0 <= value < 1.0:
                 raise ValueError(f"{name}={value} is not in [0, 1)")
 
@@ -126,7 +137,10 @@ def _paths_not_matching(pattern: str) -> Callable[[PyTree], PyTree]:
 
     def mask(params: PyTree) -> PyTree:
         return jax.tree_util.tree_map_with_path(
-            lambda path, _: compiled.search(jax.tree_util.keystr(path, simple=True, separator="/")) is None, params
+            lambda path, _: (
+                compiled.search(jax.tree_util.keystr(path, simple=True, separator="/")) is None
+            ),
+            params,
         )
 
     return mask

@@ -67,7 +67,8 @@ class StateFactory:
         """A fresh state, each shard made on the device that keeps it."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract())
         make = jax.jit(
-            lambda key: jax.tree.map(_unbox, self._boxed(key), is_leaf=_is_box), out_shardings=shardings
+            lambda key: jax.tree.map(_unbox, self._boxed(key), is_leaf=_is_box),
+            out_shardings=shardings,
         )
         return make(jax.random.key(seed))
 
@@ -98,7 +99,9 @@ def abstract_variables(model: nn.Module, mesh: jax.sharding.Mesh) -> dict[str, P
     Call it with `mesh` in force. ValueError where a parameter does not divide over it.
     """
     rows = parallel.num_shards("batch")
-    boxed = jax.eval_shape(lambda: dict(model.init(jax.random.key(0), jnp.zeros((rows, 1), jnp.int32))))
+    boxed = jax.eval_shape(
+        lambda: dict(model.init(jax.random.key(0), jnp.zeros((rows, 1), jnp.int32)))
+    )
     return _placed(boxed, mesh)
 
 
@@ -119,10 +122,16 @@ def _placed(boxed: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
         names = leaf.names if _is_box(leaf) else ()
         leaf = _unbox(leaf)
         where = jax.tree_util.keystr(path, simple=True, separator="/")
-        if len(names) != leaf.ndim:  # no box, or a factored moment that keeps the box of its parameter but not its rank
+        if (
+            len(names) != leaf.ndim
+        ):  # no box, or a factored moment that keeps the box of its parameter but not its rank
             names = (None,) * leaf.ndim
-        parallel.check_divisible(names, leaf.shape, dict(mesh.shape), f"parameter '{where}' of shape {leaf.shape}")
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=parallel.named_sharding(mesh, names))
+        parallel.check_divisible(
+            names, leaf.shape, dict(mesh.shape), f"parameter '{where}' of shape {leaf.shape}"
+        )
+        return jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=parallel.named_sharding(mesh, names)
+        )
 
     return jax.tree_util.tree_map_with_path(place, boxed, is_leaf=_is_box)
 
@@ -132,4 +141,6 @@ def _is_box(leaf: Any) -> bool:
 
 
 def _unbox(leaf: Any) -> Any:
-    return leaf.value if _is_box(leaf) else leaf  # not `unbox()`, which constrains to a mesh axis of the logical name
+    return (
+        leaf.value if _is_box(leaf) else leaf
+    )  # not `unbox()`, which constrains to a mesh axis of the logical name

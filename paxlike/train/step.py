@@ -15,11 +15,15 @@ from paxlike.log.metric import Metric
 from paxlike.train.optimizer import Optimizer
 from paxlike.train.state import TrainState
 
-OVERWRITE = "_overwrite_with_gradient"  # the collection whose "gradients" are its new values (FP8 scales)
+OVERWRITE = (
+    "_overwrite_with_gradient"  # the collection whose "gradients" are its new values (FP8 scales)
+)
 LOSS_EPSILON = 1e-6  # Pax adds this to the weight that the loss is divided by
 
 
-@dataclasses.dataclass(frozen=True, eq=False)  # by identity: jit needs a hash, and shardings have none
+@dataclasses.dataclass(
+    frozen=True, eq=False
+)  # by identity: jit needs a hash, and shardings have none
 class TrainStep:
     """`step(state, batch) -> (state, metrics)`.
 
@@ -38,7 +42,9 @@ class TrainStep:
     seed: int = 1234
     shardings: Any = None
 
-    def __call__(self, state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, dict[str, Any]]:
+    def __call__(
+        self, state: TrainState, batch: Mapping[str, jax.Array]
+    ) -> tuple[TrainState, dict[str, Any]]:
         """One step; a step whose gradient is not finite changes nothing but the counters."""
         gradients, collections, metrics = self._gradients(state, batch)
         norm = optax.tree.norm(gradients)
@@ -77,7 +83,9 @@ class TrainStep:
         differentiate = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
 
         def microbatch(part, key, overwritten, others):
-            (_, loss), (gradients, new) = differentiate(state.params, overwritten, others, part, key)
+            (_, loss), (gradients, new) = differentiate(
+                state.params, overwritten, others, part, key
+            )
             if self.shardings is not None:
                 gradients = jax.lax.with_sharding_constraint(gradients, self.shardings)
             kept = {k: v for k, v in loss.collections.items() if k != OVERWRITE}
@@ -89,7 +97,9 @@ class TrainStep:
 
         def accumulate(carry, part_and_index):
             (gradients, overwritten, others), (part, index) = carry, part_and_index
-            more, new, others, metrics = microbatch(part, jax.random.fold_in(key, index), overwritten, others)
+            more, new, others, metrics = microbatch(
+                part, jax.random.fold_in(key, index), overwritten, others
+            )
             gradients = jax.tree.map(lambda a, g: a + g.astype(a.dtype), gradients, more)
             return (gradients, new, others), metrics
 
@@ -99,7 +109,11 @@ class TrainStep:
             accumulate, (zeros, overwritten, others), (parts, jnp.arange(self.num_microbatches))
         )
         gradients, overwritten, others = carry
-        return gradients, {**overwritten, **others}, jax.tree.map(lambda m: jnp.sum(m, axis=0), metrics)
+        return (
+            gradients,
+            {**overwritten, **others},
+            jax.tree.map(lambda m: jnp.sum(m, axis=0), metrics),
+        )
 
     def _average(self, state: TrainState, params):
         if state.ema is None:

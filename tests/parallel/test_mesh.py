@@ -18,7 +18,13 @@ def test_shape_is_the_elementwise_product():
 
 @pytest.mark.parametrize(
     ("percore", "shape", "rows"),
-    [(4, (4, 1, 1), 16), (0.5, (1, 2, 2), 2), (0.25, (1, 1, 4), 1), (6, (1, 4, 1), 24), (1 / 3, (1, 1, 3), 1)],
+    [
+        (4, (4, 1, 1), 16),
+        (0.5, (1, 2, 2), 2),
+        (0.25, (1, 1, 4), 1),
+        (6, (1, 4, 1), 24),
+        (1 / 3, (1, 1, 3), 1),
+    ],
 )
 def test_global_batch_is_rows_per_device_times_devices(percore, shape, rows):
     assert Mesh(ici=shape).global_batch_size(percore) == rows
@@ -27,7 +33,11 @@ def test_global_batch_is_rows_per_device_times_devices(percore, shape, rows):
 @pytest.mark.parametrize(
     ("percore", "shape", "message"),
     [
-        (0.5, (4, 1, 1), r"PERCORE_BATCH_SIZE=0.5 x 4 devices = 2 rows .* data x fsdp = 4; .*PERCORE_BATCH_SIZE=1 \(4 rows\)"),
+        (
+            0.5,
+            (4, 1, 1),
+            r"PERCORE_BATCH_SIZE=0.5 x 4 devices = 2 rows .* data x fsdp = 4; .*PERCORE_BATCH_SIZE=1 \(4 rows\)",
+        ),
         (0.3, (2, 1, 2), r"= 1.2 rows .* data x fsdp = 2; .*PERCORE_BATCH_SIZE=0.5 \(2 rows\)"),
         (0, (1, 1, 1), r"= 0 rows"),
     ],
@@ -39,7 +49,9 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_numbers(percore, shape
 
 
 def test_wrong_number_of_devices_names_the_nearest_mesh():
-    with pytest.raises(ValueError, match=r"needs 64 devices .* there are 4; .*ICI_MESH_SHAPE=\[4, 1, 1\]"):
+    with pytest.raises(
+        ValueError, match=r"needs 64 devices .* there are 4; .*ICI_MESH_SHAPE=\[4, 1, 1\]"
+    ):
         Mesh(ici=(8, 1, 1), dcn=(8, 1, 1)).build()
     with pytest.raises(ValueError, match=r"needs 8 devices .*ICI_MESH_SHAPE=\[1, 2, 2\]"):
         Mesh(ici=(1, 4, 2)).build()
@@ -47,7 +59,11 @@ def test_wrong_number_of_devices_names_the_nearest_mesh():
 
 def test_minus_one_takes_the_devices_that_are_left():
     assert Mesh(ici=(-1, 1, 2)).resolve(8).ici == (4, 1, 2)
-    assert Mesh(ici=(1, -1, 1), dcn=(2, 1, 1)).resolve(8).shape == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert Mesh(ici=(1, -1, 1), dcn=(2, 1, 1)).resolve(8).shape == {
+        "data": 2,
+        "fsdp": 4,
+        "tensor": 1,
+    }
     with pytest.raises(ValueError, match="4 devices do not divide by 3"):
         Mesh(ici=(-1, 3, 1)).resolve(4)
 
@@ -96,10 +112,14 @@ def test_one_node_may_hold_a_dcn_shape():
 def test_rules_give_specs_and_refuse_collisions():
     mesh = Mesh(ici=(1, 2, 2)).build()
     with parallel.activate(mesh):
-        assert parallel.spec("layers", "embed", "mlp") == jax.sharding.PartitionSpec(None, "fsdp", "tensor")
+        assert parallel.spec("layers", "embed", "mlp") == jax.sharding.PartitionSpec(
+            None, "fsdp", "tensor"
+        )
         assert parallel.spec("batch", "length") == jax.sharding.PartitionSpec("fsdp", None)
         assert parallel.num_shards("batch") == 2
-        with pytest.raises(ValueError, match="'mlp' and 'vocab' of one array are both on the mesh axis 'tensor'"):
+        with pytest.raises(
+            ValueError, match="'mlp' and 'vocab' of one array are both on the mesh axis 'tensor'"
+        ):
             parallel.spec("mlp", "vocab")
         with pytest.raises(ValueError, match="no rule for the logical axis 'emebd'"):
             parallel.spec("emebd")
@@ -112,5 +132,8 @@ def test_shard_refuses_a_wrong_number_of_names():
 
 
 def test_what_does_not_divide_is_named_with_a_size_that_fits():
-    with pytest.raises(ValueError, match=r"x: its dimension 'heads' = 12 does not divide over the mesh axis tensor = 8; use tensor = 4"):
+    with pytest.raises(
+        ValueError,
+        match=r"x: its dimension 'heads' = 12 does not divide over the mesh axis tensor = 8; use tensor = 4",
+    ):
         parallel.check_divisible(("embed", "heads"), (768, 12), {"tensor": 8}, "x")

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-
 import tiny
+
 from paxlike.tasks.language import CausalLanguage
 from paxlike.train.optimizer import Optimizer, Schedule
 
@@ -38,7 +38,14 @@ def test_same_losses_on_every_mesh(shape, reference):
         {"task": CausalLanguage(chunk=8)},
         {"shape": (2, 1, 2), "microbatches": 2, "task": CausalLanguage(chunk=8)},
     ],
-    ids=["unrolled", "no remat", "unrolled, dots kept", "4 microbatches", "chunked loss", "all on a mesh"],
+    ids=[
+        "unrolled",
+        "no remat",
+        "unrolled, dots kept",
+        "4 microbatches",
+        "chunked loss",
+        "all on a mesh",
+    ],
 )
 def test_same_losses_however_it_is_computed(kwargs, reference):
     np.testing.assert_allclose(tiny.Trainer(**kwargs).losses(), reference, rtol=1e-5)
@@ -60,7 +67,9 @@ def test_state_is_sharded_and_moments_like_their_parameters(shape):
     named = jax.tree_util.tree_leaves_with_path(trainer.state.params)
     matrices = [leaf for path, leaf in named if path[-1].key == "kernel"]
     parts = shape[1] * shape[2]
-    assert matrices and all(leaf.addressable_shards[0].data.size * parts == leaf.size for leaf in matrices)
+    assert matrices and all(
+        leaf.addressable_shards[0].data.size * parts == leaf.size for leaf in matrices
+    )
     adam = trainer.state.opt_state[0]
     for moments in (adam.mu, adam.nu, trainer.state.ema):
         same = jax.tree.map(lambda m, p: m.sharding == p.sharding, moments, trainer.state.params)
@@ -68,8 +77,14 @@ def test_state_is_sharded_and_moments_like_their_parameters(shape):
     # What the compiler says the arguments take on a device is the sum of the shards of the state and of the batch.
     arguments = [*jax.tree.leaves(trainer.abstract), *jax.tree.leaves(trainer.factory.spec)]
     expected = sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in arguments)
-    assert trainer.compiled.memory_analysis().argument_size_in_bytes == pytest.approx(expected, rel=0.01)
-    single = tiny.Trainer(opt=tiny.optimizer(ema_decay=0.9)).compiled.memory_analysis().argument_size_in_bytes
+    assert trainer.compiled.memory_analysis().argument_size_in_bytes == pytest.approx(
+        expected, rel=0.01
+    )
+    single = (
+        tiny.Trainer(opt=tiny.optimizer(ema_decay=0.9))
+        .compiled.memory_analysis()
+        .argument_size_in_bytes
+    )
     if parts > 1:
         assert expected < 1.35 * single / parts
 
@@ -79,7 +94,10 @@ def collectives(compiled):
     found = collections.defaultdict(list)
     pattern = r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\((.*)"
     for shapes, kind, rest in re.findall(pattern, compiled.as_text()):
-        sizes = [math.prod(int(n) for n in dims.split(",") if n) for dims in re.findall(r"\w+\[([\d,]*)\]", shapes)]
+        sizes = [
+            math.prod(int(n) for n in dims.split(",") if n)
+            for dims in re.findall(r"\w+\[([\d,]*)\]", shapes)
+        ]
         name = re.search(r'op_name="([^"]*)"', rest)
         found[kind].append((sizes, name.group(1) if name else ""))
     return found
@@ -104,13 +122,15 @@ def test_fsdp_gathers_weights_and_keeps_no_full_gradient():
     assert set(found) <= {"all-gather", "all-reduce", "reduce-scatter"}
     gathered = [name for sizes, name in found["all-gather"] if max(sizes) >= BIG]
     for part in ("qkv|mixer/mixer", "mixer/out", "ffn1", "ffn2"):
-        assert any(re.search(part, name) for name in gathered), f"no all-gather for {part}: {gathered}"
-    # A CPU has no reduce-scatter: it reduces one layer and keeps its slice. Nothing of the size of all layers is reduced
-    # or gathered: that would be a replicated gradient.
+        assert any(re.search(part, name) for name in gathered), (
+            f"no all-gather for {part}: {gathered}"
+        )
+    # A CPU has no reduce-scatter: it reduces one layer and keeps its slice. Nothing of the size of all layers is
+    # reduced or gathered: that would be a replicated gradient.
     stacked = max(leaf.size for leaf in jax.tree.leaves(trainer.state.params))
     largest = max(size for kind in found for sizes, _ in found[kind] for size in sizes)
     assert largest <= max(stacked // 4, tiny.VOCAB * 64)
-    gradients = [leaf for leaf in jax.tree.leaves(trainer.compiled.output_shardings[0].params)]
+    gradients = jax.tree.leaves(trainer.compiled.output_shardings[0].params)
     assert len(gradients) == len(jax.tree.leaves(trainer.state.params))
 
 
@@ -118,7 +138,11 @@ def test_tensor_parallelism_reduces_activations_twice_per_block_and_direction():
     trainer = tiny.Trainer((1, 1, 4), net=tiny.model(remat="SAVE_EVERYTHING"))
     found = collectives(trainer.compiled)
     activation = tiny.ROWS * tiny.LENGTH * 64
-    inside = [name for sizes, name in found["all-reduce"] if sizes == [activation] and "while/body" in name]
+    inside = [
+        name
+        for sizes, name in found["all-reduce"]
+        if sizes == [activation] and "while/body" in name
+    ]
     forward = [name for name in inside if "transpose" not in name]
     backward = [name for name in inside if "transpose" in name]
     assert len(forward) == 2 and len(backward) == 2, inside
@@ -137,7 +161,11 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
     assert not np.isfinite(metrics["grad_norm"]) and metrics["skipped_steps"] == 1
     after = jax.tree.map(np.array, trainer.state)
     assert after.step == before.step + 1
-    jax.tree.map(np.testing.assert_array_equal, dataclasses.replace(after, step=0, skipped_steps=0), dataclasses.replace(before, step=0, skipped_steps=0))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        dataclasses.replace(after, step=0, skipped_steps=0),
+        dataclasses.replace(before, step=0, skipped_steps=0),
+    )
     assert np.isfinite(trainer.step(trainer.data[2])["loss"].value())
     assert trainer.state.skipped_steps == 1
 
@@ -153,7 +181,9 @@ def test_ema_is_the_moving_average_of_the_parameters():
     for batch in trainer.data:
         trainer.step(batch)
         expected = 0.75 * expected + 0.25 * np.array(trainer.state.params["embedding"]["table"])
-    np.testing.assert_allclose(trainer.state.ema["embedding"]["table"], expected, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(
+        trainer.state.ema["embedding"]["table"], expected, rtol=1e-5, atol=1e-7
+    )
 
 
 def test_update_is_clip_then_adam_then_decay_times_the_schedule():
@@ -178,9 +208,16 @@ def test_update_is_clip_then_adam_then_decay_times_the_schedule():
         v = jax.tree.map(lambda v, g: 0.9 * v + 0.1 * g * g, v, g)
         t = step + 1
         update = jax.tree.map(
-            lambda m, v, p: m / (1 - 0.8**t) / (np.sqrt(v / (1 - 0.9**t)) + 1e-3) + 0.2 * p, m, v, expected
+            lambda m, v, p: m / (1 - 0.8**t) / (np.sqrt(v / (1 - 0.9**t)) + 1e-3) + 0.2 * p,
+            m,
+            v,
+            expected,
         )
-        lr = 0.1 * (min(step / 4, 1.0)) * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(max((step - 5) / 4, 0), 1))))
+        lr = (
+            0.1
+            * (min(step / 4, 1.0))
+            * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(max((step - 5) / 4, 0), 1))))
+        )
         expected = jax.tree.map(lambda p, u: p - lr * u, expected, update)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5), params, expected)
 
@@ -189,15 +226,23 @@ def test_decay_can_leave_out_norms_and_biases():
     params = {"kernel": jnp.ones(3), "bias": jnp.ones(3), "scale": jnp.ones(3)}
     ours = Optimizer(Schedule("constant", 1.0), weight_decay=0.5, decay_exclude=r"(scale|bias)$")
     update, _ = ours.update(jax.tree.map(jnp.zeros_like, params), ours.init(params), params)
-    assert float(update["kernel"][0]) == 0.5 and float(update["bias"][0]) == 0 and float(update["scale"][0]) == 0
+    assert (
+        float(update["kernel"][0]) == 0.5
+        and float(update["bias"][0]) == 0
+        and float(update["scale"][0]) == 0
+    )
 
 
 def test_pax_learning_rates():
-    schedule = Schedule("linear_rampup_cosine_decay", 6e-4, warmup=636, decay_start=637, decay_end=500000)
+    schedule = Schedule(
+        "linear_rampup_cosine_decay", 6e-4, warmup=636, decay_start=637, decay_end=500000
+    )
     points = {0: 0.0, 318: 3e-4, 636: 6e-4, 250318.5: 3.3e-4, 500000: 6e-5, 600000: 6e-5}
     for step, rate in points.items():
         assert float(schedule(step)) == pytest.approx(rate, rel=1e-5)
-    exponential = Schedule("linear_rampup_exponential_decay", 1e-3, warmup=4000, decay_start=4001, decay_end=300000)
+    exponential = Schedule(
+        "linear_rampup_exponential_decay", 1e-3, warmup=4000, decay_start=4001, decay_end=300000
+    )
     assert float(exponential(152000.5)) == pytest.approx(1e-3 * math.sqrt(0.1), rel=1e-4)
 
 
@@ -205,8 +250,14 @@ def test_pax_learning_rates():
     ("make", "message"),
     [
         (lambda: Schedule("cosine", 1e-3), "LR_SCHEDULE='cosine' is none of"),
-        (lambda: Schedule("linear_rampup_cosine_decay", 1e-3, 10, 5, 20), "warmup <= decay start < decay end, got 10, 5, 20"),
-        (lambda: Optimizer(Schedule("constant", 1e-3), b1=1.0), r"ADAM_BETA1=1.0 is not in \[0, 1\)"),
+        (
+            lambda: Schedule("linear_rampup_cosine_decay", 1e-3, 10, 5, 20),
+            "warmup <= decay start < decay end, got 10, 5, 20",
+        ),
+        (
+            lambda: Optimizer(Schedule("constant", 1e-3), b1=1.0),
+            r"ADAM_BETA1=1.0 is not in \[0, 1\)",
+        ),
     ],
 )
 def test_bad_options_are_refused(make, message):
@@ -215,14 +266,20 @@ def test_bad_options_are_refused(make, message):
 
 
 def test_what_does_not_divide_over_the_mesh_is_named():
-    with pytest.raises(ValueError, match=r"parameter 'params/stack/period_0/mixer/.*'heads' = 2 .* tensor = 4; use tensor = 2"):
+    with pytest.raises(
+        ValueError,
+        match=r"parameter 'params/stack/period_0/mixer/.*'heads' = 2 .* tensor = 4; use tensor = 2",
+    ):
         tiny.Trainer((1, 1, 4), net=tiny.model(heads=2))
     with pytest.raises(ValueError, match="a batch of 8 rows does not divide into 3 microbatches"):
         tiny.Trainer(microbatches=3)
 
 
 def test_a_batch_can_be_learned_by_heart():
-    trainer = tiny.Trainer(opt=tiny.optimizer(schedule=Schedule("constant", 1e-2), weight_decay=0.0), data=tiny.batches(1, rows=2))
+    trainer = tiny.Trainer(
+        opt=tiny.optimizer(schedule=Schedule("constant", 1e-2), weight_decay=0.0),
+        data=tiny.batches(1, rows=2),
+    )
     for _ in range(60):
         loss = trainer.step(trainer.data[0])["loss"].value()
     assert loss < 0.05

@@ -1,0 +1,85 @@
+"""Next-token prediction against sums written out by hand."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from paxlike.models.decoder import Output
+from paxlike.tasks.language import CausalLanguage
+
+
+class Table(nn.Module):
+    """A model whose logits of each position are given: hidden states are rows of the identity."""
+
+    logits: tuple
+
+    @nn.compact
+    def __call__(self, tokens, *, train=False, positions=None, segments=None):
+        logits = jnp.array(self.logits)
+        b, s, v = logits.shape
+        hidden = jax.nn.one_hot(jnp.arange(b * s), b * s).reshape(b, s, b * s)
+        return Output(hidden, logits.reshape(b * s, v).T)
+
+
+def log_softmax(x):
+    x = np.array(x, np.float64)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+LOGITS = np.array(
+    [
+        [[2, 0, 1, 0], [0, 3, 0, 1], [1, 0, 0, 5]],  # argmax 0 1 3
+        [[0, 0, 4, 1], [1, 0, 2, 0], [0, 1, 0, 0]],  # argmax 2 2 1
+        [[9, 0, 0, 0], [9, 0, 0, 0], [9, 0, 0, 0]],
+    ],
+    np.float32,
+)
+BATCH = {
+    "tokens": np.zeros((3, 3), np.int32),
+    "targets": np.array([[1, 1, 3], [2, 0, 1], [0, 0, 0]], np.int32),
+    # Row 0 scores positions 1 and 2 (both right); row 1 scores 0 and 1 (one wrong); row 2 only fills the batch.
+    "weights": np.array([[0, 1, 1], [1, 1, 0], [1, 1, 1]], np.float32),
+    "example_weight": np.array([1, 1, 0], np.float32),
+    "num_bytes": np.array([7, 4, 100], np.float32),
+}
+
+
+@pytest.fixture
+def model():
+    return Table(tuple(map(lambda row: tuple(map(tuple, row)), LOGITS.tolist())))
+
+
+@pytest.mark.parametrize("chunk", [None, 1])
+def test_evaluation_counts_whole_rows_real_tokens_and_bytes(model, chunk):
+    metrics = CausalLanguage(chunk=chunk).evaluate(model, {}, BATCH)
+    logp = log_softmax(LOGITS)
+    nll = -(logp[0, 1, 1] + logp[0, 2, 3] + logp[1, 0, 2] + logp[1, 1, 0])
+    assert metrics["loss"].value() == pytest.approx(nll / 4, rel=1e-6)
+    assert metrics["log_pplx"].value() == pytest.approx(nll / 4, rel=1e-6)
+    assert metrics["accuracy"].value() == pytest.approx(3 / 4)
+    assert metrics["acc_strict"].value() == pytest.approx(1 / 2)
+    assert float(metrics["acc_strict"].weight) == 2, "the row that fills the batch is no example"
+    assert metrics["bits_per_byte"].value() == pytest.approx(nll / math.log(2) / 11, rel=1e-6)
+
+
+def test_training_loss_is_the_mean_over_weights_plus_z_loss(model):
+    task = CausalLanguage(z_loss=0.1)
+    batch = {k: BATCH[k] for k in ("tokens", "targets", "weights")}
+    loss = task.loss(model, {}, batch, {})
+    logp, weights = log_softmax(LOGITS), BATCH["weights"]
+    nll = -np.take_along_axis(logp, BATCH["targets"][..., None], -1)[..., 0]
+    normaliser = np.log(np.exp(LOGITS.astype(np.float64)).sum(-1))
+    expected = (weights * (nll + 0.1 * normaliser**2)).sum()
+    assert float(loss.objective) == pytest.approx(expected, rel=1e-6)
+    assert loss.metrics["loss"].value() == pytest.approx(expected / weights.sum(), rel=1e-6)
+    assert loss.metrics["log_pplx"].value() == pytest.approx(
+        (weights * nll).sum() / weights.sum(), rel=1e-6
+    )
+    assert loss.metrics["z_loss"].value() == pytest.approx(
+        0.1 * (weights * normaliser**2).sum() / weights.sum(), rel=1e-6
+    )
+    assert float(task.weight(batch)) == weights.sum()
