@@ -1,0 +1,122 @@
+"""Real runs of main.py in processes of their own, on small real text."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+
+from paxlike.log.history import read_metrics
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+TINY = {
+    "NUM_LAYERS": 2,
+    "NUM_HEADS": 4,
+    "MODEL_DIMS": 32,
+    "HIDDEN_DIMS": 64,
+    "VOCAB_SIZE": 512,
+    "MAX_SEQ_LEN": 32,
+    "PERCORE_BATCH_SIZE": 4,
+    "SUMMARY_INTERVAL_STEPS": 1,
+    "EVAL_INTERVAL_STEPS": 5,
+    "EVAL_MAX_BATCHES": 3,
+    "CHECKPOINT_EVERY_N_STEPS": 5,
+    "LR_COS_WARMUP": 2,
+    "LR_COS_DECAY_START": 3,
+    "LR_COS_DECAY_END": 12,
+    "MAX_STEPS": 12,
+}
+
+
+def write_text(folder: pathlib.Path) -> dict[str, str]:
+    """Training and held-out JSON lines and a SentencePiece model in `folder`; the knobs that name them."""
+    import json
+
+    from paxlike.data.tokenizers import train_sentencepiece
+
+    sources = sorted((ROOT / "paxlike").rglob("*.py"))
+    texts = [path.read_text() for path in sources]
+    for name, part in (
+        ("train", texts[: len(texts) * 3 // 4]),
+        ("heldout", texts[len(texts) * 3 // 4 :]),
+    ):
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"text": text}) + "\n" for text in part)
+        )
+    train_sentencepiece(texts, output=str(folder / "tiny.model"), vocab_size=512)
+    return {
+        "TRAIN_FILES": str(folder / "train.jsonl"),
+        "EVAL_FILES": str(folder / "heldout.jsonl"),
+        "VOCAB_PATH": str(folder / "tiny.model"),
+        "CACHE_DIR": str(folder / "cache"),
+    }
+
+
+def command(job_log_dir, knobs, *flags, config="Quickstart") -> list[str]:
+    """The command line of a tiny run."""
+    overrides = [f"--fdl.{name}={value}" for name, value in {**TINY, **knobs}.items()]
+    main = [
+        sys.executable,
+        "-u",
+        str(ROOT / "main.py"),
+        f"--fdl_config={config}",
+        f"--job_log_dir={job_log_dir}",
+    ]
+    return [*main, *overrides, *flags]
+
+
+def environment(devices: int = 1) -> dict[str, str]:
+    """The environment of a run on some virtual CPU devices."""
+    return {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONFAULTHANDLER": "1",
+    }
+
+
+def run(job_log_dir, knobs, *flags, devices=1, expect=0, **kwargs) -> subprocess.CompletedProcess:
+    """Runs to the end and checks the exit code."""
+    done = subprocess.run(
+        command(job_log_dir, knobs, *flags, **kwargs),
+        env=environment(devices),
+        capture_output=True,
+        text=True,
+        timeout=400,
+        cwd=ROOT,
+    )
+    assert done.returncode == expect, (
+        f"exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    )
+    return done
+
+
+def losses(job_log_dir, split="train") -> dict[int, float]:
+    """step -> loss of a run."""
+    return {
+        line["step"]: line["loss"] for line in read_metrics(job_log_dir) if line["split"] == split
+    }
+
+
+def final_state(job_log_dir, step=12) -> dict[str, np.ndarray]:
+    """Every array of a checkpoint, by name."""
+    from paxlike.checkpoint import arrays, layout
+
+    folder = layout.locate(pathlib.Path(job_log_dir), step=step)[0]
+    stored = arrays.read_item(folder, "metadata")["arrays"]
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = {
+        k: jax.ShapeDtypeStruct(tuple(v["shape"]), v["dtype"], sharding=one)
+        for k, v in stored.items()
+    }
+    return {name: np.asarray(value) for name, value in arrays.read_arrays(folder, abstract).items()}
+
+
+def free_port() -> int:
+    """A port nobody listens on."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]

@@ -1,0 +1,324 @@
+"""main.py as people use it: train, evaluate, decode, go on, be killed, run on several processes, be used wrongly."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+import runs
+from absl.testing import flagsaver
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return runs.write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def straight(text, tmp_path_factory):
+    """A run of 12 steps that nothing interrupts."""
+    directory = tmp_path_factory.mktemp("straight")
+    done = runs.run(directory, text)
+    return directory, done
+
+
+def test_a_run_leaves_what_it_should(straight):
+    directory, done = straight
+    there = {path.name for path in directory.iterdir()}
+    assert {"checkpoints", "summaries", "config.txt", "config.json", "metrics.jsonl"} <= there
+    assert {p.name for p in (directory / "checkpoints").iterdir()} >= {
+        "checkpoint_00000010",
+        "checkpoint_00000012",
+    }
+    assert {p.name for p in (directory / "summaries").iterdir()} >= {"train", "eval_test_HeldOut"}
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["event"] == "environment" and lines[0]["num_parameters"] > 0
+    train = [line for line in lines if line.get("split") == "train"]
+    assert [line["step"] for line in train] == list(range(1, 13))
+    assert {"loss", "learning_rate", "grad_norm", "param_norm", "skipped_steps"} <= set(train[-1])
+    assert {"tokens_per_second", "step_time", "data_wait_share", "tflops_per_second"} <= set(
+        train[-1]
+    )
+    heldout = [line for line in lines if line.get("split") == "HeldOut"]
+    assert [line["step"] for line in heldout] == [5, 10, 12]
+    assert {"loss", "log_pplx", "bits_per_byte", "accuracy"} <= set(heldout[-1])
+    assert train[-1]["loss"] < train[0]["loss"]
+    assert "step 12/12" in done.stdout + done.stderr
+    assert "NUM_LAYERS" in (directory / "config.txt").read_text()
+
+
+def test_run_again_says_it_is_complete(straight, text):
+    directory, _ = straight
+    before = (directory / "metrics.jsonl").read_text().count('"split": "train"')
+    done = runs.run(directory, text)
+    assert "training is complete: step 12 of 12" in done.stdout + done.stderr
+    assert (directory / "metrics.jsonl").read_text().count('"split": "train"') == before
+
+
+def test_eval_mode_gives_the_numbers_of_training_and_ends(straight, text):
+    directory, _ = straight
+    during = runs.losses(directory, "HeldOut")
+    # The same rows on another mesh.
+    two = {**text, "PERCORE_BATCH_SIZE": 2, "ICI_MESH_SHAPE": "[1,1,2]"}
+    done = runs.run(directory, two, "--mode=eval", "--checkpoint_step=10", devices=2)
+    result = json.loads((directory / "eval_out" / "HeldOut" / "eval_out_00000010.json").read_text())
+    assert result["metrics"]["loss"]["value"] == pytest.approx(during[10], rel=1e-5)
+    assert "eval HeldOut: step 10" in done.stdout + done.stderr
+    entropy = result["metrics"]["unigram_entropy"]["value"]
+    assert 3 < entropy < np.log(512)
+
+
+def test_follow_ends_when_the_run_has_finished(straight, text):
+    directory, _ = straight
+    runs.run(directory, text, "--mode=eval", "--follow")
+    assert (directory / "eval_out" / "HeldOut" / "eval_out_00000012.json").exists()
+
+
+def test_decode_mode_continues_prompts(straight, text):
+    directory, _ = straight
+    done = runs.run(
+        directory,
+        text,
+        "--mode=decode",
+        "--prompt=def ",
+        "--prompt=import",
+        "--fdl.DECODE_MAX_TOKENS=5",
+    )
+    (output,) = (directory / "decoder_out").rglob("*.jsonl")
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == ["def ", "import"]
+    assert all(len(line["tokens"]) <= 5 for line in lines)
+    assert lines[0]["text"] in done.stdout
+
+
+def assert_same(directory, expected):
+    """Every array of the last checkpoint is equal to the bit."""
+    ours, theirs = runs.final_state(directory), runs.final_state(expected)
+    assert ours.keys() == theirs.keys() and len(ours) > 20
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+
+
+def wait_for_step(process, step):
+    """Reads what a run prints until it has taken `step` steps."""
+    for line in process.stderr:
+        if f"step {step}/" in line:
+            return
+    raise AssertionError(f"the run ended before step {step}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda n: n.name)
+def test_a_run_that_is_stopped_goes_on_to_the_same_bits(number, straight, text, tmp_path):
+    process = subprocess.Popen(
+        runs.command(tmp_path, {**text, "CHECKPOINT_EVERY_N_STEPS": 2, "MAX_STEPS": 12}),
+        env=runs.environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd=runs.ROOT,
+    )
+    # The lines of metrics.jsonl are flushed one by one: a clock that both processes see.
+    deadline = time.monotonic() + 300
+    while len(runs_so_far(tmp_path)) < 3 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(number)
+    code = process.wait(timeout=120)
+    reached = max(runs_so_far(tmp_path))
+    if number == signal.SIGTERM and reached < 12:
+        from paxlike.checkpoint import EXIT_PREEMPTED
+
+        assert code == EXIT_PREEMPTED
+        assert (tmp_path / "checkpoints" / f"checkpoint_{reached:08d}").is_dir(), (
+            "nothing may be lost"
+        )
+    runs.run(tmp_path, {**text, "CHECKPOINT_EVERY_N_STEPS": 5})
+    assert_same(tmp_path, straight[0])
+    assert runs.losses(tmp_path) == runs.losses(straight[0])
+
+
+def runs_so_far(directory):
+    """Steps that a run has logged."""
+    path = pathlib.Path(directory) / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    return [line["step"] for line in lines if line.get("split") == "train"]
+
+
+def test_two_processes_give_the_losses_of_one(straight, text, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    runs.run(one, {**text, "ICI_MESH_SHAPE": "[1,2,1]", "PERCORE_BATCH_SIZE": 2}, devices=2)
+    port = runs.free_port()
+    processes = [
+        subprocess.Popen(
+            runs.command(
+                two,
+                {
+                    **text,
+                    "ICI_MESH_SHAPE": "[1,1,1]",
+                    "DCN_MESH_SHAPE": "[1,2,1]",
+                    "PERCORE_BATCH_SIZE": 2,
+                },
+                "--multiprocess_gpu",
+                f"--server_addr=127.0.0.1:{port}",
+                "--num_hosts=2",
+                f"--host_idx={index}",
+            ),
+            env=runs.environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=runs.ROOT,
+        )
+        for index in range(2)
+    ]
+    outputs = [process.communicate(timeout=400)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], (
+        outputs[0][-3000:] + outputs[1][-3000:]
+    )
+    ours, theirs, single = runs.losses(two), runs.losses(one), runs.losses(straight[0])
+    np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-5)
+    np.testing.assert_allclose(list(ours.values()), list(single.values()), rtol=1e-5)
+    # A checkpoint of two processes goes on in one, and on another mesh.
+    runs.run(
+        two,
+        {**text, "ICI_MESH_SHAPE": "[1,1,2]", "PERCORE_BATCH_SIZE": 2, "MAX_STEPS": 13},
+        devices=2,
+    )
+    assert max(runs.losses(two)) == 13
+
+
+def call(*argv, environ=None):
+    """main.main in this process, flags as if given anew."""
+    import main
+
+    with flagsaver.flagsaver():
+        return main.main(["main.py", *argv])
+
+
+TINY_SYNTHETIC = [f"--fdl.{k}={v}" for k, v in runs.TINY.items()] + [
+    "--fdl.ICI_MESH_SHAPE=[4,1,1]",
+    "--fdl.DCN_MESH_SHAPE=[1,1,1]",
+]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--fdl_config=Pile126N"], "Pile126M"),
+        (["--fdl_config=configs.gtp.Pile126M"], "configs.gpt"),
+        (["--fdl_config=Quickstart", "--fdl.NUM_LAYER=2"], "NUM_LAYERS"),
+        (["--fdl_config=Quickstart", "--fdl.NUM_LAYERS=two"], "int"),
+        (["--fdl_config=Quickstart", "--fdl.model.stak.repeats=2"], "stack"),
+        (["--fdl_config=Quickstart", "--mod=eval"], "mode"),
+        (["--fdl_config=Quickstart", "--mode=evaluate"], "eval"),
+        (["--fdl_config=Synthetic126M"], "needs 64 devices .* there are 4"),
+        (
+            ["--fdl_config=Synthetic126M", *TINY_SYNTHETIC, "--fdl.PERCORE_BATCH_SIZE=0.3"],
+            "PERCORE_BATCH_SIZE=0.3 x 4 devices",
+        ),
+        (
+            [
+                "--fdl_config=Synthetic126M",
+                *TINY_SYNTHETIC,
+                "--fdl.ICI_MESH_SHAPE=[1,1,4]",
+                "--fdl.NUM_HEADS=2",
+            ],
+            "'heads' = 2",
+        ),
+        (
+            [
+                "--fdl_config=Synthetic126M",
+                *TINY_SYNTHETIC,
+                "--fdl.VOCAB_SIZE=513",
+                "--fdl.ICI_MESH_SHAPE=[1,1,4]",
+            ],
+            "'vocab' = 513",
+        ),
+        (
+            ["--fdl_config=Synthetic126M", *TINY_SYNTHETIC, "--fdl.NUM_MICROBATCHES=3"],
+            "NUM_MICROBATCHES=3",
+        ),
+        (
+            ["--fdl_config=Synthetic126M", *TINY_SYNTHETIC, "--fdl.CHECKPOINT_POLICY=SAVE_NOTING"],
+            "SAVE_NOTHING",
+        ),
+        (["--fdl_config=Quickstart", "--fdl.VOCAB_PATH=/nowhere/x.model"], "/nowhere/x.model"),
+        (["--fdl_config=Quickstart"], "VOCAB_PATH"),
+        (["--fdl_config=Synthetic126M", *TINY_SYNTHETIC, "--mode=eval"], "no held-out set"),
+        (["--fdl_config=Lambada126M", *TINY_SYNTHETIC], "seq_len=32 must be at least 65"),
+        (
+            ["--fdl_config=Lambada126M", *TINY_SYNTHETIC, "--fdl.MAX_SEQ_LEN=80"],
+            "no training data|there is no tokenizer",
+        ),
+    ],
+)
+def test_wrong_use_ends_in_one_clear_line(argv, message, tmp_path, monkeypatch):
+    for variable in ("VOCAB_PATH", "TFDS_DATA_DIR"):
+        monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(ValueError, match=message) as error:
+        call(*argv, f"--job_log_dir={tmp_path}/run")
+    assert "\n" not in str(error.value).strip()
+
+
+def test_missing_data_checkpoint_and_vocabulary_are_named(text, tmp_path):
+    tiny = [f"--fdl.{k}={v}" for k, v in {**runs.TINY, **text}.items()]
+    base = ["--fdl_config=Quickstart", f"--job_log_dir={tmp_path}/run", *tiny]
+    with pytest.raises(ValueError, match="/nowhere"):
+        call(*base, "--fdl.TRAIN_FILES=/nowhere/*.jsonl")
+    with pytest.raises((ValueError, FileNotFoundError), match="checkpoint"):
+        call(*base, "--mode=eval")
+    with pytest.raises(ValueError, match="VOCAB_SIZE|vocab"):
+        call(*base, "--fdl.VOCAB_SIZE=200")
+
+
+def test_going_on_with_another_model_or_other_data_is_refused(straight, text, tmp_path):
+    directory, _ = straight
+    wider = runs.run(directory, {**text, "MODEL_DIMS": 64, "MAX_STEPS": 20}, expect=2).stderr
+    assert "error:" in wider and "(512, 32)" in wider.replace("[", "(").replace("]", ")")
+    other = runs.run(
+        directory, {**text, "TRAIN_INPUT_RANDOM_SEED": 7, "MAX_STEPS": 20}, expect=2
+    ).stderr
+    assert "error: the training data is not that of the checkpoint" in other
+    assert sum(line.startswith("error:") for line in other.splitlines()) == 1
+
+
+def test_a_log_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file/run"):
+        call("--fdl_config=Synthetic126M", *TINY_SYNTHETIC, f"--job_log_dir={tmp_path}/file/run")
+
+
+def test_no_job_log_dir():
+    with pytest.raises(ValueError, match="--job_log_dir=DIR is missing"):
+        call("--fdl_config=Synthetic126M")
+
+
+def test_lists_and_help(capsys):
+    assert call("--fdl_list") == 0
+    listing = capsys.readouterr().out
+    for name in (
+        "Pile126M",
+        "Pile5B",
+        "Pile175B",
+        "GPT5B",
+        "GPT175B",
+        "Synthetic126M",
+        "Lambada126M",
+        "Quickstart",
+    ):
+        assert name in listing
+    assert call("--fdl_config=Pile5B", "--fdl_help") == 0
+    page = capsys.readouterr().out
+    assert "ICI_MESH_SHAPE" in page and "4096" in page
+    assert max(map(len, page.splitlines())) <= 100
+
+
+def test_follow_knobs_of_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("VOCAB_PATH", "/nowhere/from_environment.model")
+    with pytest.raises(ValueError, match="from_environment"):
+        call("--fdl_config=Quickstart", f"--job_log_dir={tmp_path}")
+    assert os.environ["VOCAB_PATH"]
