@@ -11,6 +11,7 @@ import sys
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
 
 from absl import flags as absl_flags
+from absl import logging  # noqa: F401  (defines --alsologtostderr and --verbosity)
 
 from configs import flags
 
@@ -60,6 +61,8 @@ def main(argv: list[str]) -> int:
     """Returns the exit code of the process."""
     request, rest = flags.split(argv)
     flags.parse_absl(rest)
+    if EVAL_ON_TEST.value:
+        request, _ = flags.split([*argv, "--fdl.EVAL_ON_TEST=true"])
     if request.list:
         print(flags.list_configs())
         return 0

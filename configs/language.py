@@ -156,7 +156,10 @@ class DecodeKnobs(Knobs):
 class LanguageModelKnobs(
     MeshKnobs, OptimizerKnobs, DataKnobs, RunKnobs, DecodeKnobs, abstract=True
 ):
-    """A causal language model on text; a family adds `model()`."""
+    """Vocabulary.
+
+    The base of causal language models on text: a family adds `model()`.
+    """
 
     VOCAB_SIZE: Annotated[int, "rows of the token table"] = 50304
 

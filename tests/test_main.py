@@ -322,3 +322,18 @@ def test_follow_knobs_of_the_environment(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="from_environment"):
         call("--fdl_config=Quickstart", f"--job_log_dir={tmp_path}")
     assert os.environ["VOCAB_PATH"]
+
+
+def test_pax_flags_are_knobs(tmp_path, monkeypatch):
+    import main
+
+    seen = []
+    monkeypatch.setattr(main, "_run", lambda resolved: seen.append(resolved.knobs) or 0)
+    call(
+        "--fdl_config=Pile126M",
+        f"--job_log_dir={tmp_path}",
+        "--eval_on_test",
+        "--tfds_data_dir=/data",
+        "--alsologtostderr",
+    )
+    assert seen[0]["EVAL_ON_TEST"] is True and seen[0]["TFDS_DATA_DIR"] == "/data"
