@@ -49,8 +49,17 @@ main() {
     do_once sampled quickstart --mode=decode \
         --prompt="def " --prompt="class " --prompt="import os" --prompt="The following example"
 
-    python -m paxlike.log.plot "$dir" --output "$dir/loss.png" > /dev/null
+    # "loss entropy bits" of the newest evaluation
+    read -r loss entropy bits < <(python - "$dir"/eval_out/HeldOut/*.json <<- 'END'
+	import json, sys
+	metrics = json.load(open(sys.argv[-1]))["metrics"]
+	print(*(f"{metrics[name]['value']:.3f}" for name in ("loss", "unigram_entropy", "bits_per_byte")))
+	END
+    )
+    python -m paxlike.log.plot "$dir" --output "$dir/loss.png" --title "configs.gpt.Quickstart" \
+        --reference "unigram entropy=$entropy" > /dev/null
     heading "ready"
+    echo "held-out loss $loss nats per token = $bits bits per byte; unigram entropy $entropy"
     echo "checkpoint    $dir/checkpoints/$(newest_checkpoint)"
     echo "TensorBoard   $dir/summaries"
     echo "loss curve    $dir/loss.png"

@@ -11,7 +11,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from paxlike.log.metric import Metric
-from paxlike.ops import cross_entropy
+from paxlike.ops import attention, cross_entropy
 from paxlike.tasks.task import Batch, Loss, Metrics, Variables
 
 
@@ -88,7 +88,8 @@ class CausalLanguage:
 
     def forward(self, model: nn.Module, variables: Variables, batch: Batch) -> jax.Array:
         """The logits of every position."""
-        return model.apply(variables, batch["tokens"], **_layout(batch)).logits()
+        with attention.plain():
+            return model.apply(variables, batch["tokens"], **_layout(batch)).logits()
 
 
 def _layout(batch: Batch) -> dict[str, jax.Array]:
