@@ -17,8 +17,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from paxlike import parallel
+from paxlike.ops import platform
+from paxlike.ops.matmul import contract_rows
 
 AUTO_CHUNK_BYTES = 256 << 20  # float32 logits that one device may hold at a time
+CPU_CHUNK_BYTES = 16 << 20  # of them that a CPU's last cache keeps between the passes over them
 
 
 class CrossEntropy(NamedTuple):
@@ -44,7 +47,7 @@ def linear_cross_entropy(
 
     Args:
       chunk: positions of a row whose logits exist at a time; `0` is the whole row, None chooses by the size of the
-        logits on one device (256 MiB in float32).
+        logits on one device (256 MiB in float32; less on a CPU, see `_auto_chunk_bytes`).
       z_loss: coefficient of the squared log normaliser.
     """
     num_chunks = _num_chunks(x.shape, table.shape[0], chunk)
@@ -52,7 +55,11 @@ def linear_cross_entropy(
 
 
 def token_cross_entropy(
-    x: Float[Array, "b s d"], table: Float[Array, "v d"], targets: Int[Array, "b s"], *, chunk: int | None = None
+    x: Float[Array, "b s d"],
+    table: Float[Array, "v d"],
+    targets: Int[Array, "b s"],
+    *,
+    chunk: int | None = None,
 ) -> tuple[Float[Array, "b s"], Bool[Array, "b s"]]:
     """Per position: negative log-likelihood in nats, and whether the target is the argmax. For evaluation."""
     num_chunks = _num_chunks(x.shape, table.shape[0], chunk)
@@ -61,8 +68,8 @@ def token_cross_entropy(
     def one(piece):
         x, targets = piece
         logits, log_normaliser = _logits(x, table)
-        nll = log_normaliser - _at(logits, targets)
-        return nll, _is_argmax(logits, targets)
+        at = _at(logits, targets)
+        return log_normaliser - at, _is_argmax(logits, at, targets)
 
     if num_chunks == 1:
         return one((x, targets))
@@ -71,15 +78,26 @@ def token_cross_entropy(
 
 
 def _num_chunks(shape: tuple[int, ...], vocab_size: int, chunk: int | None) -> int:
-    b, s, _ = shape
+    b, s, width = shape
     if chunk == 0:
         return 1
     if chunk is None:
         rows = max(1, b // parallel.num_shards("batch"))
-        wanted = -(-4 * rows * s * vocab_size // parallel.num_shards("act_vocab") // AUTO_CHUNK_BYTES)
+        columns = vocab_size // parallel.num_shards("act_vocab")
+        wanted = -(-4 * rows * s * columns // _auto_chunk_bytes(4 * width * columns))
     else:
         wanted = -(-s // chunk)
     return next(n for n in range(min(wanted, s) or 1, s + 1) if s % n == 0)
+
+
+def _auto_chunk_bytes(table_bytes: int) -> int:
+    """Logits of one chunk. On a CPU as many as stay in the cache: a tenth off the time of the loss.
+
+    But no smaller than the gradient of the table, which each chunk reads and writes.
+    """
+    if not platform.is_cpu():
+        return AUTO_CHUNK_BYTES
+    return min(AUTO_CHUNK_BYTES, max(CPU_CHUNK_BYTES, table_bytes))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -136,11 +154,12 @@ _chunked.defvjp(_chunked_forward, _chunked_backward)
 def _sums(x, targets, weights, table, z_loss, gradient: bool = False):
     """Weighted sums over one chunk and, if asked, the derivative with respect to its logits in the compute dtype."""
     logits, log_normaliser = _logits(x, table)
-    nll = log_normaliser - _at(logits, targets)
+    at = _at(logits, targets)
+    nll = log_normaliser - at
     parts = CrossEntropy(
         loss=jnp.sum(nll * weights),
         z_loss=jnp.sum(jnp.square(log_normaliser) * weights),
-        num_correct=jnp.sum(_is_argmax(logits, targets) * weights),
+        num_correct=jnp.sum(_is_argmax(logits, at, targets) * weights),
     )
     if not gradient:
         return parts, None
@@ -169,12 +188,9 @@ def _table_gradient(dlogits, x, shards: int):
     """(shards, v, d): each shard of the batch sums its own rows, so that no reduction is needed in the loop."""
     b, s, v = dlogits.shape
     rows = b // shards * s
-    dlogits, x = dlogits.reshape(shards, rows, v), x.reshape(shards, rows, -1)
-    if shards == 1:
-        dimensions = (((0,), (0,)), ((), ()))
-        return jax.lax.dot_general(dlogits[0], x[0], dimensions, preferred_element_type=jnp.float32)[None]
-    dimensions = (((1,), (1,)), ((0,), (0,)))
-    gradient = jax.lax.dot_general(dlogits, x, dimensions, preferred_element_type=jnp.float32)
+    if shards == 1:  # without a batch dimension, which would cost a transposition
+        return contract_rows(dlogits.reshape(rows, v), x.reshape(rows, -1))[None]
+    gradient = contract_rows(dlogits.reshape(shards, rows, v), x.reshape(shards, rows, -1))
     return parallel.shard(gradient, "batch_shards", "vocab", None)
 
 
@@ -184,7 +200,10 @@ def _row_shards(b: int) -> int:
 
 
 def _at(logits, targets):
-    # A masked sum rather than a gather: cheap, and right when the vocabulary is sharded.
+    if parallel.num_shards("act_vocab") == 1:
+        # A masked sum would be one more pass over the logits, and on a CPU one more array of their size.
+        return jnp.take_along_axis(logits, targets[..., None], axis=-1, mode="clip")[..., 0]
+    # Right where the vocabulary is sharded, too: a gather would bring all logits to each device.
     return jnp.sum(jnp.where(_onehot(targets, logits.shape[-1]), logits, 0.0), axis=-1)
 
 
@@ -192,8 +211,15 @@ def _onehot(targets, vocab_size: int):
     return targets[..., None] == jnp.arange(vocab_size, dtype=targets.dtype)[None, None, :]
 
 
-def _is_argmax(logits, targets):
-    return jnp.argmax(logits, axis=-1) == targets
+def _is_argmax(logits, at, targets):
+    """Whether the target, whose logit is `at`, is the first of the largest.
+
+    Compared rather than searched for: an argmax is a reduction over pairs, which a CPU does one by one.
+    """
+    index = jnp.arange(logits.shape[-1], dtype=targets.dtype)[None, None, :]
+    before = index < targets[..., None]
+    beaten = jnp.where(before, logits >= at[..., None], logits > at[..., None])
+    return ~jnp.any(beaten, axis=-1)
 
 
 def _gather_table(table, dtype):
