@@ -78,7 +78,11 @@ class Attention(nn.Module):
         return tuple(
             checkpoint_name(
                 parallel.shard(
-                    self._linear((heads, size), ("embed", axis, "head_dim"), name)(x), "batch", "length", "act_heads", None
+                    self._linear((heads, size), ("embed", axis, "head_dim"), name)(x),
+                    "batch",
+                    "length",
+                    "act_heads",
+                    None,
                 ),
                 f"{name}_proj",
             )
@@ -98,25 +102,52 @@ class Attention(nn.Module):
 
     def _cached(self, q, k, v, sequence: Sequence):
         """Writes keys and values behind those already cached, row by row, and attends to all that are there."""
-        b, s, g, size = k.shape
-        shape = (b, sequence.cache_length, g, size)
-        keys = self.variable("cache", "key", jnp.zeros, shape, k.dtype)
-        values = self.variable("cache", "value", jnp.zeros, shape, v.dtype)
-        first = jnp.zeros((b,), jnp.int32) if sequence.offset is None else sequence.offset
-        keys.value = _write(keys.value, k, first)
-        values.value = _write(values.value, v, first)
+        b, _, g, size = k.shape
+        shape = (b, g, sequence.cache_length, size)  # the order in which the scores are summed
+        keys = self.variable("cache", "cached_key", jnp.zeros, shape, k.dtype)
+        values = self.variable("cache", "cached_value", jnp.zeros, shape, v.dtype)
+        keys.value = _write(keys.value, k, sequence)
+        values.value = _write(values.value, v, sequence)
+        if sequence.offset is None:  # nothing was cached before: the rows see themselves only
+            return ops.attention(
+                q, k, v, causal=True, scale=self.query_scale, implementation=self.implementation
+            )
         # Causality against absolute positions hides what lies beyond each row's own length: it was written by padding.
         return ops.attention(
             q,
-            keys.value,
-            values.value,
+            _read(keys.value, sequence),
+            _read(values.value, sequence),
             causal=True,
-            offset=first,
+            offset=sequence.offset,
             scale=self.query_scale,
             implementation="xla",
         )
 
 
-def _write(cache: jax.Array, new: jax.Array, first: jax.Array) -> jax.Array:
-    cache = jax.vmap(lambda row, x, i: jax.lax.dynamic_update_slice(row, x, (i, 0, 0)))(cache, new, first)
-    return parallel.shard(cache, "batch", None, "act_heads", None)
+def _write(cache: jax.Array, new: jax.Array, sequence: Sequence) -> jax.Array:
+    """`cache`, (b, g, t, k) of one layer or (r, b, g, t, k) of all repeats, with `new` behind what each row has."""
+    offset, repeat, new = sequence.offset, sequence.repeat, new.swapaxes(1, 2)
+    if offset is None:
+        cache = jax.lax.dynamic_update_slice(cache, new, (0, 0, 0, 0))
+    elif repeat is None:
+        write = lambda row, x, i: jax.lax.dynamic_update_slice(row, x, (0, i, 0))
+        cache = jax.vmap(write)(cache, new, offset)
+    else:
+        # What `vmap` of an update makes, less the transposes of the whole cache around it.
+        dimensions = jax.lax.ScatterDimensionNumbers(
+            update_window_dims=(1, 2, 3),
+            inserted_window_dims=(0,),
+            scatter_dims_to_operand_dims=(0, 3),
+            operand_batching_dims=(1,),
+            scatter_indices_batching_dims=(0,),
+        )
+        where = jnp.stack([jnp.broadcast_to(repeat, offset.shape), offset], axis=-1)
+        cache = jax.lax.scatter(cache, where, new, dimensions, unique_indices=True, mode="clip")
+    return parallel.shard(cache, *(None,) * (cache.ndim - 4), "batch", "act_heads", None, None)
+
+
+def _read(cache: jax.Array, sequence: Sequence) -> jax.Array:
+    """Keys or values (b, t, g, k) of this layer."""
+    if sequence.repeat is not None:
+        cache = jax.lax.dynamic_index_in_dim(cache, sequence.repeat, keepdims=False)
+    return parallel.shard(cache, "batch", "act_heads", None, None).swapaxes(1, 2)

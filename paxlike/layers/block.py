@@ -27,4 +27,6 @@ class Block(nn.Module):
     def __call__(self, x: Float[Array, "b s d"], sequence: Sequence) -> Float[Array, "b s d"]:
         x = x + self.mixer(self.mixer_norm(x), sequence)
         x = x + self.ffn(self.ffn_norm(x), sequence)
-        return checkpoint_name(parallel.shard(x, "batch", "length", "act_embed"), "transformer_layer_out")
+        return checkpoint_name(
+            parallel.shard(x, "batch", "length", "act_embed"), "transformer_layer_out"
+        )

@@ -25,12 +25,12 @@ class Embedding(nn.Module):
 
     vocab_size: int
     features: int
-    init: Initializer = nn.initializers.normal(0.02)
+    table_init: Initializer = nn.initializers.normal(0.02)
     lookup: Lookup = "index"
     dtype: str = "float32"
 
     def setup(self):
-        init = nn.with_logical_partitioning(self.init, ("vocab", "embed"))
+        init = nn.with_logical_partitioning(self.table_init, ("vocab", "embed"))
         self.table = self.param("table", init, (self.vocab_size, self.features), jnp.float32)
 
     def __call__(self, tokens: Int[Array, "b s"]) -> Float[Array, "b s d"]:
@@ -46,14 +46,14 @@ class LearnedPosition(nn.Module):
     """One trained vector per position (GPT-2), added to the token's."""
 
     max_length: int
-    init: Initializer = nn.initializers.normal(0.02)
+    table_init: Initializer = nn.initializers.normal(0.02)
     dtype: str = "float32"
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "b s d"], positions: Int[Array, "b s"] | None = None
     ) -> Float[Array, "b s d"]:
-        init = nn.with_logical_partitioning(self.init, ("position", "embed"))
+        init = nn.with_logical_partitioning(self.table_init, ("position", "embed"))
         table = self.param("table", init, (self.max_length, x.shape[-1]), jnp.float32)
         table = parallel.shard(table.astype(self.dtype), "position", None)
         if positions is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 from flax import linen as nn
@@ -14,7 +15,7 @@ from paxlike.layers.dropout import Dropout
 from paxlike.layers.linear import Initializer, Linear
 from paxlike.layers.sequence import Sequence
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=True),
     "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
     "relu": jax.nn.relu,
@@ -43,7 +44,9 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b s d"], sequence: Sequence) -> Float[Array, "b s d"]:
         if self.activation not in ACTIVATIONS:
-            raise ValueError(f"ACTIVATION='{self.activation}' is none of {', '.join(sorted(ACTIVATIONS))}")
+            raise ValueError(
+                f"ACTIVATION='{self.activation}' is none of {', '.join(sorted(ACTIVATIONS))}"
+            )
         activation = ACTIVATIONS[self.activation]
         hidden = self._in("ffn1", "ffn1")(x)
         if self.gated:
@@ -56,7 +59,9 @@ class FeedForward(nn.Module):
 
     def _in(self, name: str, saved_as: str):
         linear = self._linear(self.hidden, ("embed", "mlp"), name)
-        return lambda x: checkpoint_name(parallel.shard(linear(x), "batch", "length", "act_mlp"), saved_as)
+        return lambda x: checkpoint_name(
+            parallel.shard(linear(x), "batch", "length", "act_mlp"), saved_as
+        )
 
     def _linear(self, features, axes, name) -> Linear:
         return Linear(

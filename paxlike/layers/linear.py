@@ -16,6 +16,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from paxlike import parallel
+from paxlike.ops.matmul import matmul
 
 Initializer = Callable[..., jax.Array]
 
@@ -45,15 +46,24 @@ class Linear(nn.Module):
         num_inputs = len(self.axes) - len(features)
         lead, inputs = x.shape[: x.ndim - num_inputs], x.shape[x.ndim - num_inputs :]
         kernel = self.param(
-            "kernel", nn.with_logical_partitioning(self.kernel_init, self.axes), inputs + features, jnp.float32
+            "kernel",
+            nn.with_logical_partitioning(self.kernel_init, self.axes),
+            inputs + features,
+            jnp.float32,
         )
         kernel, x = kernel.astype(self.dtype), x.astype(self.dtype)
         # One matrix product over all tokens: 1.8 x as fast on a CPU as a batched one, the same on a GPU.
         flat = math.prod(inputs)
         x = x.reshape(math.prod(lead), flat) if _may_flatten() else x.reshape(*lead, flat)
         contraction = (((x.ndim - 1,), (0,)), ((), ()))
-        dot_general = jax.lax.dot_general if self.dot_general_cls is None else self.dot_general_cls()
-        y = dot_general(x, kernel.reshape(flat, *features), contraction, precision=None)
+        kernel = kernel.reshape(flat, *features)
+        if self.dot_general_cls is None and x.ndim == kernel.ndim == 2:
+            y = matmul(x, kernel)
+        else:
+            dot_general = (
+                jax.lax.dot_general if self.dot_general_cls is None else self.dot_general_cls()
+            )
+            y = dot_general(x, kernel, contraction, precision=None)
         y = y.reshape(*lead, *features)
         if self.use_bias:
             # Too small to be worth gathering: a bias over the width is whole on every device.

@@ -1,4 +1,7 @@
-"""Normalisation over the width: LayerNorm (Ba et al. 2016) and RMSNorm (Zhang and Sennrich 2019). Statistics in float32."""
+"""Normalisation over the width: LayerNorm (Ba et al. 2016) and RMSNorm (Zhang and Sennrich 2019).
+
+Statistics in float32.
+"""
 
 from __future__ import annotations
 
@@ -40,10 +43,16 @@ class RMSNorm(nn.Module):
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
         scale = _vector(self, "scale", nn.initializers.ones, x)
         wide = x.astype(jnp.float32)
-        y = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon) * scale
+        y = (
+            wide
+            * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
+            * scale
+        )
         return y.astype(self.dtype)
 
 
 def _vector(module: nn.Module, name: str, init, x) -> jax.Array:
-    value = module.param(name, nn.with_logical_partitioning(init, ("norm",)), x.shape[-1:], jnp.float32)
+    value = module.param(
+        name, nn.with_logical_partitioning(init, ("norm",)), x.shape[-1:], jnp.float32
+    )
     return value.reshape((1,) * (x.ndim - 1) + value.shape)

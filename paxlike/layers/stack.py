@@ -1,12 +1,16 @@
 """A stack of blocks: a period of different blocks, repeated, with rematerialisation.
 
-The parameters of the repeats are stacked along a leading `layers` dimension whether the repeats are scanned (compile time
-that does not grow with depth) or unrolled (a little faster): both give the same numbers and read the same checkpoints.
+The parameters of the repeats are stacked along a leading `layers` dimension whether the repeats are scanned (compile
+time that does not grow with depth) or unrolled (a little faster): both give the same numbers and read the same
+checkpoints.
 """
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
@@ -29,7 +33,9 @@ REMAT_POLICIES = {
     "SAVE_CONTEXT_AND_OUT_PROJ": _policies.save_only_these_names("context", "out_proj"),
     "SAVE_DOT_FOR_MLPERF_200B": _policies.save_only_these_names(*_MLPERF),
     "SAVE_DOT_EXCEPT_LOGITS_FFN1": _policies.save_only_these_names(*_MLPERF, "ffn2"),
-    "SAVE_DOT_EXCEPT_LOGITS": _policies.save_only_these_names(*_MLPERF, "ffn2", "ffn1", "ffn1_gate"),
+    "SAVE_DOT_EXCEPT_LOGITS": _policies.save_only_these_names(
+        *_MLPERF, "ffn2", "ffn1", "ffn1_gate"
+    ),
     "SAVE_TRANSFORMER_LAYER_OUTPUT": _policies.save_only_these_names("transformer_layer_out"),
 }
 
@@ -62,12 +68,19 @@ class Stack(nn.Module):
 
     def setup(self):
         if self.remat not in REMAT_POLICIES:
-            raise ValueError(f"CHECKPOINT_POLICY='{self.remat}' is none of {', '.join(REMAT_POLICIES)}")
+            raise ValueError(
+                f"CHECKPOINT_POLICY='{self.remat}' is none of {', '.join(REMAT_POLICIES)}"
+            )
         self.layers = Period(tuple(self.period))
 
     def __call__(self, x: Float[Array, "b s d"], sequence: Sequence) -> Float[Array, "b s d"]:
-        def repeat(layers, x, _):
-            return layers(x, sequence), None
+        # While tokens are generated, each repeat updates its part of one array in place: as a scanned input and output
+        # the cache would be copied three times for every token. The first pass, without offset, makes the array.
+        in_place = sequence.offset is not None
+
+        def repeat(layers, x, index):
+            own = dataclasses.replace(sequence, repeat=index) if in_place else sequence
+            return layers(x, own), None
 
         policy = REMAT_POLICIES[self.remat]
         if policy is not None and sequence.train:
@@ -75,10 +88,17 @@ class Stack(nn.Module):
             repeat = nn.remat(repeat, policy=policy, prevent_cse=not self.scan)
         x, _ = nn.scan(
             repeat,
-            variable_axes={"params": 0, "cache": 0, "losses": 0, "_overwrite_with_gradient": 0, "intermediates": 0},
+            variable_axes={
+                "params": 0,
+                **({} if in_place else {"cache": 0}),
+                "losses": 0,
+                "_overwrite_with_gradient": 0,
+                "intermediates": 0,
+            },
+            variable_carry="cache" if in_place else False,
             split_rngs={"params": True, "dropout": True},
             length=self.repeats,
             unroll=1 if self.scan else self.repeats,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(self.layers, x, None)
+        )(self.layers, x, jnp.arange(self.repeats) if in_place else None)
         return x

@@ -292,3 +292,8 @@ def test_bfloat16_computes_in_16_bits_on_float32_masters():
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(trainer.state.params))
     np.testing.assert_allclose(losses, reference, rtol=2e-3)
     assert losses != reference
+
+
+def test_cudnn_attention_is_refused_where_there_is_no_gpu():
+    with pytest.raises(ValueError, match="needs an NVIDIA GPU and this is a cpu: set USE_CUDNN"):
+        tiny.Trainer(net=tiny.model(implementation="cudnn"))
