@@ -4,7 +4,13 @@ from paxlike.checkpoint.checkpointer import Checkpointer, Restored
 from paxlike.checkpoint.follow import finished_step, mark_finished, wait_for_new_checkpoint
 from paxlike.checkpoint.options import CheckpointOptions
 from paxlike.checkpoint.termination import EXIT_PREEMPTED, TerminationSignal
-from paxlike.checkpoint.weights import Weights, read_metadata, restore_params, restore_variables
+from paxlike.checkpoint.weights import (
+    Use,
+    Weights,
+    read_metadata,
+    restore_params,
+    restore_variables,
+)
 
 __all__ = [
     "EXIT_PREEMPTED",
@@ -12,6 +18,7 @@ __all__ = [
     "Checkpointer",
     "Restored",
     "TerminationSignal",
+    "Use",
     "Weights",
     "finished_step",
     "mark_finished",

@@ -7,12 +7,13 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from paxlike.checkpoint import arrays, layout, processes
 from paxlike.checkpoint.reading import ModelMismatch, log, read_newest
 
 Rule = tuple[str, str | None]
+Use = Literal["auto", "params", "ema"]
 _KINDS = ("params", "ema")
 
 
@@ -23,39 +24,42 @@ def read_metadata(path: Path, *, step: int | None = None) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """The Flax variables of a checkpoint, without optimizer state, and the step they are of."""
+    """The Flax variables of a checkpoint, without optimizer state.
+
+    Attributes:
+      step: of the checkpoint.
+      use: `params` or `ema`, what the parameters are.
+    """
 
     variables: dict[str, Any]
     step: int
+    use: str
 
 
 def restore_variables(
-    path: Path, abstract: Mapping[str, Any], *, step: int | None = None
+    path: Path, abstract: Mapping[str, Any], *, step: int | None = None, use: Use = "auto"
 ) -> Weights:
-    """Everything a model needs to be applied: the averaged weights where there are any, and other collections.
+    """Everything a model needs to be applied: the weights and its other collections.
 
     `abstract` is the tree of variables, `{"params": ..., **collections}`; `path` and `step` are as in
-    `restore_params`.
+    `restore_params`. `auto` takes averaged weights where there are any.
     """
-    wanted = {
-        f"collections/{name}": leaf
-        for name, leaf in arrays.named_leaves(
-            {k: v for k, v in abstract.items() if k != "params"}
-        ).items()
-    }
     params = arrays.named_leaves(abstract["params"])
+    rest = arrays.named_leaves({k: v for k, v in abstract.items() if k != "params"})
 
     def read(folder: Path) -> Weights:
         metadata = arrays.read_item(folder, "metadata")
-        stored = metadata["arrays"]
-        use = "ema" if any(name.startswith("ema/") for name in stored) else "params"
-        _check(folder, stored, params, (), use, params)
-        found = arrays.read_arrays(
-            folder, wanted | {f"{use}/{name}": leaf for name, leaf in params.items()}
-        )
-        tree = {f"params/{name}": found[f"{use}/{name}"] for name in params}
-        tree |= {name.removeprefix("collections/"): found[name] for name in wanted}
-        return Weights(arrays.with_leaves(dict(abstract), tree), metadata["step"])
+        averaged = any(name.startswith("ema/") for name in metadata["arrays"])
+        kind = ("ema" if averaged else "params") if use == "auto" else use
+        _check(folder, metadata["arrays"], params, (), kind, params)
+        wanted = {f"{kind}/{name}": leaf for name, leaf in params.items()}
+        wanted |= {f"collections/{name}": leaf for name, leaf in rest.items()}
+        if lacking := [name for name in wanted if name not in metadata["arrays"]]:
+            raise ModelMismatch(f"checkpoint {folder} has no array {arrays.some(lacking)}")
+        found = arrays.read_arrays(folder, wanted)
+        tree = {f"params/{name}": found[f"{kind}/{name}"] for name in params}
+        tree |= {name: found[f"collections/{name}"] for name in rest}
+        return Weights(arrays.with_leaves(dict(abstract), tree), metadata["step"], kind)
 
     return read_newest(_folders(path, step), read)
 

@@ -1,0 +1,62 @@
+"""Prompts from a file: one per line of text, or one per line of JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A text to continue, and what its author calls it."""
+
+    text: str
+    id: str | int | None = None
+
+
+def read_prompts(path: str | Path) -> list[Prompt]:
+    """The prompts of a `.txt` file (one a line) or a `.jsonl` file (`prompt` or `text`, `id`).
+
+    Empty lines are passed over; in a `.jsonl` file an empty string is a prompt.
+
+    Raises:
+      ValueError: the file is missing, of another kind or without prompts, or a line is wrong.
+    """
+    path = Path(path)
+    if path.suffix not in _READERS:
+        raise ValueError(
+            f"{path} is no prompt file: give .txt (one prompt a line) or .jsonl (key 'prompt')"
+        )
+    try:
+        # splitlines() would also split at U+2028 and others.
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ValueError(f"cannot read the prompts in {path}: {reason}") from None
+    read = _READERS[path.suffix]
+    numbered = enumerate(lines, start=1)
+    prompts = [read(line.rstrip("\r"), f"{path}:{n}") for n, line in numbered if line.strip()]
+    if not prompts:
+        raise ValueError(f"there is no prompt in {path}")
+    return prompts
+
+
+def _from_text(line: str, where: str) -> Prompt:
+    del where
+    return Prompt(line)
+
+
+def _from_json(line: str, where: str) -> Prompt:
+    try:
+        fields: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON ({error})") from None
+    text = fields.get("prompt", fields.get("text")) if isinstance(fields, dict) else None
+    if not isinstance(text, str):
+        raise ValueError(f"{where} has no text under 'prompt' or 'text'")
+    return Prompt(text, fields.get("id"))
+
+
+_READERS = {".txt": _from_text, ".jsonl": _from_json}
