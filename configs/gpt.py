@@ -86,7 +86,6 @@ class GPT(LanguageModelKnobs, abstract=True):
         """Attention, then feed-forward."""
         linear = {
             "use_bias": self.USE_BIAS,
-            "kernel_init": self.init(),
             "dropout": self.DROPOUT_PROB,
             "dtype": self.FPROP_DTYPE,
             "dot_general_cls": fp8_ops.Fp8DotGeneralOp if self.USE_FP8 else None,
@@ -98,6 +97,7 @@ class GPT(LanguageModelKnobs, abstract=True):
                 num_heads=self.NUM_HEADS,
                 head_dim=self.head_dim(),
                 combine_qkv=self.COMBINE_QKV,
+                kernel_init=self.init(),
                 implementation={None: "auto", True: "cudnn", False: "xla"}[
                     self.USE_CUDNN_FLASH_ATTENTION
                 ],
@@ -108,6 +108,7 @@ class GPT(LanguageModelKnobs, abstract=True):
                 hidden=self.HIDDEN_DIMS,
                 activation=self.ACTIVATION,
                 gated=self.USE_GATED_ACTIVATION,
+                kernel_init=self.init(),
                 **linear,
             ),
             mixer_norm=self.norm(),

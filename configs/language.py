@@ -279,7 +279,7 @@ class LanguageModelKnobs(
             )
             return self.loader(fdl.Config(Lambada, passages=passages), packing="documents")
         if name in ("PileValidation", "HeldOut"):
-            return self.loader(self.text("validation", self.EVAL_FILES))
+            return self.loader(self.text("validation", self.EVAL_FILES), packed=self.PACKED_INPUT)
         raise ValueError(
             f"EVAL_SETS: '{name}' is none of HeldOut, PileValidation, LambadaValidation"
         )

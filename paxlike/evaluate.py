@@ -153,10 +153,8 @@ def evaluate(
     `references` are unigram entropies by set, in nats per token, shown beside the loss.
 
     Raises:
-      ValueError: no held-out set, no checkpoint, or weights that do not fit the model.
+      ValueError: no checkpoint, or weights that do not fit the model.
     """
-    if not experiment.eval_data:
-        raise ValueError(f"{experiment.name} has no held-out set; name some with --fdl.EVAL_SETS")
     source, directory = Path(checkpoint or job_log_dir), Path(job_log_dir)
     mesh = experiment.mesh.build()
     with experiment.open_log(directory) as log, parallel.activate(mesh, experiment.rules):

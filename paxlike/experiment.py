@@ -6,7 +6,7 @@ A config expands to a Fiddle tree of this class; `main.py` builds it and calls `
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ import jax
 from flax import linen as nn
 
 from paxlike import decode, evaluate, parallel
-from paxlike.checkpoint import CheckpointOptions
+from paxlike.checkpoint import CheckpointOptions, read_metadata
+from paxlike.data.loader import Loader
 from paxlike.data.statistics import unigram_entropy_of
 from paxlike.data.tokenizers import check_vocabulary
 from paxlike.evaluate import EvalOptions
@@ -109,8 +110,12 @@ class Experiment:
         _ = self.global_batch_size
         if self.num_steps < 0:
             raise ValueError(f"MAX_STEPS={self.num_steps} is negative")
-        for data in (self.train_data, *self.eval_data.values()):
-            if data is not None and data.tokenizer is not None:
+
+    def check_data(self, loaders: Iterable[Loader]) -> None:
+        """Raises one clear ValueError where data is missing or has ids that the model does not know."""
+        for data in loaders:
+            data.check()
+            if data.tokenizer is not None:
                 check_vocabulary(data.tokenizer, self.model.vocab_size)
 
     def on_these_devices(self) -> Experiment:
@@ -136,6 +141,8 @@ class Experiment:
 
     def train(self, job_log_dir: str, *, config: str = "{}", config_text: str = "") -> int:
         """Trains, or goes on with, the run in `job_log_dir`; returns the exit code of the process."""
+        if self.train_data is None:
+            raise ValueError(f"{self.name} has no training data; use --mode=eval")
         return loop.train(
             self.on_these_devices(), job_log_dir, config=config, config_text=config_text
         )
@@ -153,6 +160,13 @@ class Experiment:
         With `follow`, every new checkpoint of a running job, until the run has finished.
         """
         here = self.on_these_devices()
+        if not here.eval_data:
+            raise ValueError(f"{here.name} has no held-out set; name some with --fdl.EVAL_SETS")
+        here.check_data(here.eval_data.values())
+        if not follow:
+            read_metadata(
+                Path(checkpoint or job_log_dir), step=step
+            )  # refuses before a file is written
         # What a model without context could reach at best: says how much a loss is worth.
         references = {
             name: unigram_entropy_of(data)

@@ -17,7 +17,7 @@ def add_source_flags(parser: argparse.ArgumentParser) -> None:
         "or .json (or these with .gz, .zst) are JSON lines, others are one document each",
     )
     parser.add_argument("--text_key", default="text", help="key of the text in JSON lines and TFDS")
-    parser.add_argument("--tfds", metavar="NAME", help="a TFDS data set instead, as the_pile/lm")
+    parser.add_argument("--tfds", metavar="NAME", help="a TFDS data set instead, as the_pile")
     parser.add_argument("--split", default="train", help="of the TFDS data set")
     parser.add_argument("--data_dir", help="folder of TFDS data sets (default: TFDS's own)")
 

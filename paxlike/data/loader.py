@@ -79,6 +79,13 @@ class Loader:
         for source in self._sources:
             self._check(source)
 
+    def check(self) -> None:
+        """Raises a one-line ValueError where the data is not there; reads no document."""
+        for source in self._sources:
+            source = getattr(source, "passages", source)
+            if isinstance(source, DocumentSource):
+                source.parts()
+
     def spec(self, global_batch: int, *, evaluation: bool = False) -> Spec:
         """Shapes and dtypes of a batch; reads nothing."""
         shape = (global_batch, self.seq_len)

@@ -20,8 +20,8 @@ def contract_rows(
 ) -> Float[Array, "*batch p q"]:
     """a^T b, accumulated and returned in float32: the gradient of a weight from its inputs and their cotangents."""
     if platform.is_cpu() and a.shape[-1] > b.shape[-1]:
-        # XLA's CPU product of this form takes up to 1.5 x the time when its result is taller than wide. The barrier keeps
-        # the compiler from undoing the transposition.
+        # XLA's CPU product of this form takes up to 1.5 x the time when its result is taller than wide. The barrier
+        # keeps the compiler from undoing the transposition.
         return jnp.swapaxes(jax.lax.optimization_barrier(_contract_rows(b, a)), -1, -2)
     return _contract_rows(a, b)
 

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 def train(experiment: Experiment, job_log_dir: str, *, config: str, config_text: str) -> int:
     """Trains to `num_steps`; 0 when complete, `EXIT_PREEMPTED` when asked to stop (a checkpoint is saved first)."""
-    if experiment.train_data is None:
-        raise ValueError(f"{experiment.name} has no training data; use --mode=eval")
+    evaluated = experiment.eval_data.values() if experiment.evaluation.every_n_steps else ()
+    experiment.check_data([experiment.train_data, *evaluated])
     directory = Path(job_log_dir)
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(experiment.open_log(directory, num_steps=experiment.num_steps))
@@ -145,6 +145,8 @@ class _Run:
                 log.event("stopped", step=done, signal=stop.received)
                 return EXIT_PREEMPTED
         mark_finished(self.directory, experiment.num_steps)
+        folder = self.directory / "checkpoints" / f"checkpoint_{experiment.num_steps:08d}"
+        log.progress.write(f"training is complete: step {experiment.num_steps:,}, {folder}")
         return 0
 
     def _restore_or_initialize(self, checkpointer: Checkpointer) -> tuple[TrainState, int]:
@@ -162,17 +164,16 @@ class _Run:
             f"{jax.devices()[0].device_kind} in {jax.process_count()} process(es), "
             f"{self.global_batch:,} rows = {self.tokens_per_step:,} tokens a step"
         )
-        if jax.process_index() == 0:
-            (self.directory / "config.json").write_text(self.config)
-            (self.directory / "config.txt").write_text(self.config_text)
-        log.text("config", self.config_text)
-        with log.busy("looking for a checkpoint"):
+        there = checkpointer.latest_step() is not None
+        with log.busy("reading the newest checkpoint") if there else contextlib.nullcontext():
             restored = checkpointer.restore(self.abstract)
         if restored is not None:
             self.first_batch = self._data_position(restored.data)
+            self._write_config()
             log.resumed(restored.step)
             log.progress.write(f"going on from the checkpoint of step {restored.step:,}")
             return restored.state, restored.step
+        self._write_config()
         with log.busy("initialising the parameters"):
             state = jax.block_until_ready(self.factory.initialize(experiment.seed))
         if experiment.initial_weights is not None:
@@ -189,6 +190,13 @@ class _Run:
                 ema=None if state.ema is None else jax.tree.map(jax.numpy.copy, params),
             )
         return state, 0
+
+    def _write_config(self) -> None:
+        """The resolved config, to read and to reload; only once this start is known to fit what is there."""
+        if jax.process_index() == 0:
+            (self.directory / "config.json").write_text(self.config)
+            (self.directory / "config.txt").write_text(self.config_text)
+        self.log.text("config", self.config_text)
 
     def _data_position(self, saved: Mapping[str, Any]) -> int:
         """Number of the batch to go on with; ValueError where the data is not what the checkpoint was made with."""
@@ -219,7 +227,13 @@ class _Run:
             experiment.seed,
             shardings.params if self.mesh.size > 1 else None,
         )
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(self.mesh)))
+
+        def train_step(state, batch):  # its name is that of the program in profiles and dumps
+            return step(state, batch)
+
+        jitted = jax.jit(
+            train_step, donate_argnums=0, out_shardings=(shardings, replicated(self.mesh))
+        )
         return jitted.lower(self.abstract, self.spec).compile()
 
     def _flops(self) -> int:

@@ -10,6 +10,7 @@ import pytest
 from configs import flags, gpt
 from configs.knobs import knobs
 from paxlike import parallel
+from paxlike.data.tokenizers import ByteTokenizer
 from paxlike.train.state import abstract_variables, num_parameters
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -183,6 +184,7 @@ def test_fp8_trains_and_its_scales_survive(tmp_path):
     config = shrink(
         "Synthetic126M",
         USE_FP8=True,
+        VOCAB_SIZE=320,
         SYNTHETIC_RANDOM=True,
         ICI_MESH_SHAPE=(2, 2, 1),
         USE_REPEATED_LAYER=True,
@@ -194,6 +196,14 @@ def test_fp8_trains_and_its_scales_survive(tmp_path):
 
     fp8 = [line["loss"] for line in read_metrics(tmp_path)]
     assert np.isfinite(fp8).all()
+    # Evaluation and decoding read the scales with the weights.
+    tree = config.experiment()
+    tree.eval_data = {"made_up": tree.train_data}
+    tree.evaluation.max_batches = 1
+    tree.tokenizer = fdl.Config(ByteTokenizer)
+    experiment = fdl.build(tree)
+    assert experiment.evaluate(str(tmp_path)) == 0
+    assert experiment.decode(str(tmp_path), prompts=["a"]) == 0
 
 
 @pytest.mark.parametrize(

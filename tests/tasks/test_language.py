@@ -50,7 +50,7 @@ BATCH = {
 
 @pytest.fixture
 def model():
-    return Table(tuple(map(lambda row: tuple(map(tuple, row)), LOGITS.tolist())))
+    return Table(tuple(tuple(map(tuple, row)) for row in LOGITS.tolist()))
 
 
 @pytest.mark.parametrize("chunk", [None, 1])
