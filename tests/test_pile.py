@@ -6,9 +6,8 @@ import subprocess
 import sys
 
 import pytest
-import zstandard
-
 import runs
+import zstandard
 
 SMALL = {
     **runs.TINY,
