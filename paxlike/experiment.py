@@ -114,9 +114,9 @@ class Experiment:
     def check_data(self, loaders: Iterable[Loader]) -> None:
         """Raises one clear ValueError where data is missing or has ids that the model does not know."""
         for data in loaders:
-            data.check()
             if data.tokenizer is not None:
                 check_vocabulary(data.tokenizer, self.model.vocab_size)
+            data.check()
 
     def on_these_devices(self) -> Experiment:
         """This experiment with a mesh that says how many devices it takes (-1 replaced), checked."""

@@ -206,8 +206,8 @@ class TfdsSource:
         except (FileNotFoundError, NotADirectoryError):
             there = ", ".join(tfds_datasets(data_dir)) or "none"
             raise ValueError(
-                f"found no {wanted}; data sets there: {there}. Set TFDS_DATA_DIR or run the "
-                "scripts/download_*.py of that data set"
+                f"found no {wanted}; data sets there: {there}. Set TFDS_DATA_DIR, run the "
+                "scripts/download_*.py of that data set, or name files with TRAIN_FILES, EVAL_FILES"
             ) from None
         if builder.info.file_format.value != "array_record":
             raise ValueError(
