@@ -1,0 +1,162 @@
+"""Attention against a naive one in numpy, query by query; gradients against finite differences."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from paxlike.ops import attention as ops
+
+B, S, H, K = 2, 7, 6, 8
+
+
+@pytest.mark.parametrize("kv_heads", [1, 3, 6])
+@pytest.mark.parametrize("causal", [True, False])
+def test_equals_naive(causal, kv_heads):
+    q, k, v = _qkv(kv_heads=kv_heads)
+    _compare(q, k, v, causal=causal)
+
+
+def test_grouped_heads_are_consecutive():
+    """Query heads 0..h/g-1 read the first key head (as in Hugging Face's `repeat_kv`)."""
+    q, k, v = _qkv(kv_heads=2)
+    repeated = attention(q, np.repeat(k, 3, axis=2), np.repeat(v, 3, axis=2), causal=True)
+    np.testing.assert_allclose(attention(q, k, v, causal=True), repeated, rtol=1e-6, atol=1e-6)
+
+
+def test_scale():
+    q, k, v = _qkv()
+    _compare(q, k, v, causal=True, scale=0.9)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_documents_do_not_see_each_other(causal):
+    q, k, v = _qkv(kv_heads=3)
+    segments = np.array([[1, 1, 1, 2, 2, 3, 0], [1, 2, 2, 2, 2, 0, 0]], np.int32)
+    _compare(q, k, v, causal=causal, segments=segments)
+
+    changed = attention(
+        q, k + 9.0 * (segments == 2)[:, :, None, None], v, causal=causal, segments=segments
+    )
+    same = attention(q, k, v, causal=causal, segments=segments)
+    np.testing.assert_array_equal(
+        np.asarray(changed)[segments != 2], np.asarray(same)[segments != 2]
+    )
+
+
+def test_lengths_hide_the_rest_of_a_cache():
+    q, k, v = _qkv()
+    lengths = np.array([3, 5], np.int32)
+    _compare(q, k, v, causal=False, lengths=lengths)
+    _compare(q, k, v, causal=True, lengths=lengths)
+
+
+def test_rows_that_see_nothing_are_finite():
+    q, k, v = _qkv()
+    lengths = np.array([0, 2], np.int32)
+
+    def loss(q, k, v):
+        return jnp.sum(attention(q, k, v, causal=False, lengths=lengths) ** 2)
+
+    for leaf in jax.tree.leaves(jax.value_and_grad(loss, argnums=(0, 1, 2))(q, k, v)):
+        assert np.isfinite(leaf).all()
+
+
+def test_offset_places_the_queries_among_the_keys():
+    _, k, v = _qkv(kv_heads=3)
+    q = _normal(B, 2, H, K)
+    offset = np.array([0, 4], np.int32)
+    _compare(q, k, v, causal=True, offset=offset)
+
+
+def test_decoding_token_by_token_equals_the_whole_row():
+    q, k, v = _qkv(kv_heads=2)
+    whole = attention(q, k, v, causal=True)
+    for i in range(S):
+        offset = np.full((B,), i, np.int32)
+        one = attention(q[:, i : i + 1], k, v, causal=True, offset=offset)
+        np.testing.assert_allclose(one[:, 0], whole[:, i], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("causal", [True, False])
+def test_gradients_equal_finite_differences(causal, documents):
+    q, k, v = (x[:1, :4, :, :3] for x in _qkv(kv_heads=3))
+    segments = np.array([[1, 1, 2, 2]], np.int32) if documents else None
+    function = functools.partial(attention, causal=causal, segments=segments)
+    check_grads(function, (q, k, v), order=1, modes=("rev",), atol=1e-2, rtol=1e-2)
+
+
+def test_bfloat16_rounds_only_inputs_weights_and_result():
+    """Scores of a few hundred, whose differences bfloat16 scores would lose."""
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in _qkv(std=6.0))
+    result = attention(q, k, v, causal=True)
+    assert result.dtype == jnp.bfloat16
+    wide = [np.asarray(x, np.float64) for x in (q, k, v)]
+    expected = _naive(*wide, causal=True)
+    error = np.abs(np.asarray(result, np.float64) - expected)
+    assert error.max() < 2**-7 * np.abs(wide[2]).max()
+
+
+def test_unknown_implementation():
+    q, k, v = _qkv()
+    # A run that checks annotations refuses it before the function can.
+    message = "attention implementation 'flash' is none of auto, xla, cudnn|Actual value: 'flash'"
+    with pytest.raises((ValueError, TypeError), match=message):
+        attention(q, k, v, causal=True, implementation="flash")
+
+
+def attention(q, k, v, **kwargs):
+    """The op under test, given numpy arrays."""
+    given = {
+        name: jnp.asarray(value) if isinstance(value, np.ndarray) else value
+        for name, value in kwargs.items()
+    }
+    return ops.attention(*map(jnp.asarray, (q, k, v)), **given)
+
+
+def _compare(q, k, v, **kwargs):
+    expected = _naive(q, k, v, **kwargs)
+    np.testing.assert_allclose(attention(q, k, v, **kwargs), expected, rtol=2e-5, atol=2e-6)
+    np.testing.assert_allclose(
+        attention(q, k, v, implementation="xla", **kwargs), expected, rtol=2e-5, atol=2e-6
+    )
+
+
+def _naive(q, k, v, *, causal, segments=None, lengths=None, offset=None, scale=None):
+    b, s, h, size = q.shape
+    t, g = k.shape[1], k.shape[2]
+    scale = 1.0 / np.sqrt(size) if scale is None else scale
+    result = np.zeros((b, s, h, size), np.float64)
+    for row, query, head in np.ndindex(b, s, h):
+        group = head // (h // g)
+        place = query + (0 if offset is None else offset[row])
+        seen = [
+            key
+            for key in range(t)
+            if (not causal or key <= place)
+            and (segments is None or segments[row, key] == segments[row, query])
+            and (lengths is None or key < lengths[row])
+        ]
+        scores = np.array(
+            [np.dot(q[row, query, head], k[row, key, group]) * scale for key in seen], np.float64
+        )
+        weights = np.exp(scores - scores.max())
+        weights /= weights.sum()
+        result[row, query, head] = sum(
+            w * v[row, key, group] for w, key in zip(weights, seen, strict=True)
+        )
+    return result
+
+
+def _qkv(*, kv_heads=H, std=1.0):
+    rng = np.random.default_rng(0)
+    draw = lambda heads: (std * rng.standard_normal((B, S, heads, K))).astype(np.float32)
+    return draw(H), draw(kv_heads), draw(kv_heads)
+
+
+def _normal(*shape):
+    return np.random.default_rng(1).standard_normal(shape).astype(np.float32)
