@@ -67,7 +67,7 @@ class Attention(nn.Module):
     def _project(self, x):
         h, g, size = self.num_heads, self.num_kv_heads or self.num_heads, self.head_dim
         if h % g:
-            raise ValueError(f"NUM_HEADS={h} is not a multiple of NUM_KV_HEADS={g}")
+            raise ValueError(f"num_heads={h} is not a multiple of num_kv_heads={g}")
         if self.combine_qkv and g == h:
             qkv = self._linear((3, h, size), ("embed", None, "heads", "head_dim"), "qkv")(x)
             qkv = checkpoint_name(

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from paxlike import parallel
 from paxlike.layers.linear import Initializer
+from paxlike.ops.lookup import lookup
 
 Lookup = Literal["index", "matmul"]
 
@@ -34,12 +35,13 @@ class Embedding(nn.Module):
         self.table = self.param("table", init, (self.vocab_size, self.features), jnp.float32)
 
     def __call__(self, tokens: Int[Array, "b s"]) -> Float[Array, "b s d"]:
-        # Whole along the width: a lookup in a table that is sharded both ways makes the compiler replicate it.
-        table = parallel.shard(self.table.astype(self.dtype), "vocab", None)
+        if self.lookup not in ("index", "matmul"):
+            raise ValueError(f"EMBEDDING_LOOKUP_STYLE='{self.lookup}' is none of index, matmul")
         if self.lookup == "matmul":
+            table = parallel.shard(self.table.astype(self.dtype), "vocab", None)
             onehot = jax.nn.one_hot(tokens, self.vocab_size, dtype=self.dtype)
             return jax.lax.dot_general(onehot, table, (((2,), (0,)), ((), ())))
-        return jnp.take(table, tokens, axis=0, mode="clip")
+        return lookup(self.table, tokens, "vocab", self.dtype)
 
 
 class LearnedPosition(nn.Module):
@@ -55,11 +57,11 @@ class LearnedPosition(nn.Module):
     ) -> Float[Array, "b s d"]:
         init = nn.with_logical_partitioning(self.table_init, ("position", "embed"))
         table = self.param("table", init, (self.max_length, x.shape[-1]), jnp.float32)
-        table = parallel.shard(table.astype(self.dtype), "position", None)
         if positions is None:
             if x.shape[1] > self.max_length:
                 raise ValueError(
                     f"{x.shape[1]} tokens in a row, but the model has MAX_SEQ_LEN={self.max_length} learned positions"
                 )
+            table = parallel.shard(table.astype(self.dtype), "position", None)
             return x + table[None, : x.shape[1]]
-        return x + jnp.take(table, positions, axis=0, mode="clip")
+        return x + lookup(table, positions, "position", self.dtype)

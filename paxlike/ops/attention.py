@@ -20,7 +20,6 @@ from paxlike.ops import platform
 
 Implementation = Literal["auto", "xla", "cudnn"]
 IMPLEMENTATIONS = ("auto", "xla", "cudnn")
-CUDNN_MAX_HEAD_DIM = 256  # cuDNN's fused attention on Hopper
 CPU_BLOCK = 128  # queries; smaller ones do not fill the matrix product of a CPU
 
 
@@ -58,19 +57,19 @@ def attention(
       offset: position of the first query among the keys (`0` where None), for decoding against a cache.
       scale: factor of the scores, 1/sqrt(k) where None.
       implementation: `xla` is the plain reference; `cudnn` is fused attention on NVIDIA GPUs; `auto` takes cudnn where
-        it can serve (GPU, 16-bit inputs, head size a multiple of 8 up to 256, no cache) and xla elsewhere.
+        it can serve (NVIDIA GPU, 16-bit inputs, head size a multiple of 8 up to 128, 256 on Hopper, no cache) and
+        xla elsewhere.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     reference = causal_attention if causal else full_attention
     if _plain.get():
         return reference(q, k, v, segments, lengths, offset, scale=scale)
     if implementation == "auto":
-        implementation = "cudnn" if _cudnn_serves(q, lengths, offset) else "xla"
+        implementation = "xla" if _why_not_cudnn(q, segments, lengths, offset) else "cudnn"
     if implementation == "cudnn":
-        if not platform.is_gpu():
+        if reason := _why_not_cudnn(q, segments, lengths, offset):
             raise ValueError(
-                f"cuDNN attention needs an NVIDIA GPU and this is a {jax.default_backend()}: set "
-                "USE_CUDNN_FLASH_ATTENTION=None, which takes it where it can serve"
+                f"cuDNN attention {reason}: set USE_CUDNN_FLASH_ATTENTION=None, which takes it where it can serve"
             )
         mask = None if segments is None else _segment_mask(segments)
         return jax.nn.dot_product_attention(
@@ -88,14 +87,22 @@ def attention(
 def _reference(q, k, v, segments, lengths, offset, *, scale: float, causal: bool):
     b, s, h, size = q.shape
     t, groups = k.shape[1], k.shape[2]
-    # Grouped queries: the h // g queries of a group share one key, so they stand beside the length.
-    q = q.reshape(b, s, groups, h // groups, size)
-    scores = jnp.einsum("bsgqk,btgk->bgqst", q, k, preferred_element_type=jnp.float32) * scale
     mask = _mask(b, s, t, segments, lengths, offset, causal)
+    if groups == h:
+        # Not as groups of one: a CPU's matrix products want their operands in two more copies then.
+        query_axes, score_axes = "bsgk", "bgst"
+        mask = None if mask is None else mask[:, :, 0]
+    else:
+        # Grouped queries: the h // g queries of a group share one key, so they stand beside the length.
+        query_axes, score_axes = "bsgqk", "bgqst"
+        q = q.reshape(b, s, groups, h // groups, size)
+    scores = scale * jnp.einsum(
+        f"{query_axes},btgk->{score_axes}", q, k, preferred_element_type=jnp.float32
+    )
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    return jnp.einsum("bgqst,btgk->bsgqk", weights, v).reshape(b, s, h, size)
+    return jnp.einsum(f"{score_axes},btgk->{query_axes}", weights, v).reshape(b, s, h, size)
 
 
 # The name of the jitted function is what the FLOP counter knows a causal attention by (half of the scores are needed).
@@ -159,12 +166,20 @@ def _num_blocks(s: int, t: int) -> int:
     return next((n for n in (4, 3, 2) if s % n == 0 and s // n >= CPU_BLOCK), 1)
 
 
-def _cudnn_serves(q: jax.Array, lengths, offset) -> bool:
-    return (
-        platform.is_gpu()
-        and q.dtype in (jnp.bfloat16, jnp.float16)
-        and q.shape[-1] % 8 == 0
-        and q.shape[-1] <= CUDNN_MAX_HEAD_DIM
-        and lengths is None
-        and offset is None
-    )
+def _why_not_cudnn(q: jax.Array, segments, lengths, offset) -> str | None:
+    """What keeps cuDNN's fused attention from these inputs; None where it serves."""
+    if not platform.is_nvidia():
+        return f"needs an NVIDIA GPU and this is a {jax.default_backend()}"
+    capability, size = platform.compute_capability(), q.shape[-1]
+    limit = 256 if capability >= 9.0 else 128
+    if capability < 8.0:
+        return f"needs compute capability 8.0 and this GPU has {capability}"
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"needs 16-bit inputs and these are {q.dtype}"
+    if size % 8 or size > limit:
+        return f"needs heads of a multiple of 8 up to {limit} and these have {size}"
+    if segments is not None and q.shape[1] % 2:
+        return f"of packed rows needs an even length and this is {q.shape[1]}"
+    if lengths is not None or offset is not None:
+        return "does not read a cache"
+    return None

@@ -50,7 +50,8 @@ def linear_cross_entropy(
         logits on one device (256 MiB in float32; less on a CPU, see `_auto_chunk_bytes`).
       z_loss: coefficient of the squared log normaliser.
     """
-    num_chunks = _num_chunks(x.shape, table.shape[0], chunk)
+    num_chunks, padding = _num_chunks(x.shape, table.shape[0], chunk)
+    x, targets, weights = (_pad(a, padding) for a in (x, targets, weights))
     return _chunked(x, table, targets, weights, num_chunks, float(z_loss))
 
 
@@ -62,7 +63,9 @@ def token_cross_entropy(
     chunk: int | None = None,
 ) -> tuple[Float[Array, "b s"], Bool[Array, "b s"]]:
     """Per position: negative log-likelihood in nats, and whether the target is the argmax. For evaluation."""
-    num_chunks = _num_chunks(x.shape, table.shape[0], chunk)
+    length = x.shape[1]
+    num_chunks, padding = _num_chunks(x.shape, table.shape[0], chunk)
+    x, targets = _pad(x, padding), _pad(targets, padding)
     table = _gather_table(table, x.dtype)
 
     def one(piece):
@@ -74,20 +77,30 @@ def token_cross_entropy(
     if num_chunks == 1:
         return one((x, targets))
     nll, correct = jax.lax.map(one, (_split(x, num_chunks), _split(targets, num_chunks)))
-    return _join(nll), _join(correct)
+    return _join(nll)[:, :length], _join(correct)[:, :length]
 
 
-def _num_chunks(shape: tuple[int, ...], vocab_size: int, chunk: int | None) -> int:
+def _num_chunks(shape: tuple[int, ...], vocab_size: int, chunk: int | None) -> tuple[int, int]:
+    """Number of chunks, and positions of weight 0 that each row is lengthened by so that it divides."""
     b, s, width = shape
     if chunk == 0:
-        return 1
+        return 1, 0
     if chunk is None:
         rows = max(1, b // parallel.num_shards("batch"))
         columns = vocab_size // parallel.num_shards("act_vocab")
         wanted = -(-4 * rows * s * columns // _auto_chunk_bytes(4 * width * columns))
     else:
         wanted = -(-s // chunk)
-    return next(n for n in range(min(wanted, s) or 1, s + 1) if s % n == 0)
+    wanted = min(max(wanted, 1), s)
+    even = next(n for n in range(wanted, s + 1) if s % n == 0)
+    if even <= 2 * wanted:
+        return even, 0
+    return wanted, -s % wanted  # a length without small divisors
+
+
+def _pad(x, padding: int):
+    """`x` with zeros behind its rows."""
+    return jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2)) if padding else x
 
 
 def _auto_chunk_bytes(table_bytes: int) -> int:
@@ -145,7 +158,9 @@ def _chunked_backward(num_chunks, z_loss, residuals, cotangents):
     dx, dtable, targets, weights = residuals
     g = cotangents[0]
     zero = jnp.zeros(targets.shape, jax.dtypes.float0)
-    return g.astype(dx.dtype) * dx, g.astype(dtable.dtype) * dtable, zero, jnp.zeros_like(weights)
+    # In float32: rounded to 16 bits, 1 / tokens would scale the body otherwise than the table.
+    dx = (g * dx.astype(jnp.float32)).astype(dx.dtype)
+    return dx, (g * dtable).astype(dtable.dtype), zero, jnp.zeros_like(weights)
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)

@@ -10,6 +10,14 @@ def is_cpu() -> bool:
     return jax.default_backend() == "cpu"
 
 
-def is_gpu() -> bool:
-    """Whether programs run on a GPU."""
-    return jax.default_backend() == "gpu"
+def is_nvidia() -> bool:
+    """Whether programs run on a GPU of NVIDIA (a ROCm GPU calls itself gpu, too)."""
+    return (
+        jax.default_backend() == "gpu"
+        and "cuda" in jax.devices()[0].client.platform_version.lower()
+    )
+
+
+def compute_capability() -> float:
+    """Of the first NVIDIA GPU: 8.0 is A100, 9.0 is H100."""
+    return float(jax.devices()[0].compute_capability)

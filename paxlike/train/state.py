@@ -105,11 +105,6 @@ def abstract_variables(model: nn.Module, mesh: jax.sharding.Mesh) -> dict[str, P
     return _placed(boxed, mesh)
 
 
-def abstract_params(model: nn.Module, mesh: jax.sharding.Mesh) -> PyTree:
-    """The parameters among `abstract_variables`."""
-    return abstract_variables(model, mesh)["params"]
-
-
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     """The sharding of a scalar."""
     return NamedSharding(mesh, P())

@@ -99,6 +99,22 @@ def _normal(*shape):
     return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
 
 
+@pytest.mark.parametrize("module", ["token", "position"])
+def test_gradient_of_a_frequent_row_is_exact_in_bfloat16(module):
+    """Summed in bfloat16, 4,096 ones would stop at 256."""
+    table, ids = jnp.zeros((V, D)), jnp.full((4, 1024), 3)
+    if module == "token":
+        net = Embedding(V, D, dtype="bfloat16")
+        output = lambda t: net.apply({"params": {"table": t}}, ids)
+    else:
+        net = LearnedPosition(V, dtype="bfloat16")
+        zeros = jnp.zeros((4, 1024, D), jnp.bfloat16)
+        output = lambda t: net.apply({"params": {"table": t}}, zeros, ids)
+    gradient = jax.grad(lambda t: jnp.sum(output(t).astype(jnp.float32)))(table)
+    np.testing.assert_array_equal(gradient[3], 4096.0)
+    assert gradient.dtype == jnp.float32 and float(jnp.abs(gradient).sum()) == 4096 * D
+
+
 def test_an_unknown_lookup_is_refused():
     module = Embedding(8, 4, lookup="onehot")
     with pytest.raises((ValueError, TypeError), match="onehot"):

@@ -282,3 +282,50 @@ def _collectives(text):
             size = max(math.prod(int(n) for n in shape.split(",") if n) for shape in shapes)
             (inside if current in bodies else outside).append((match.group(2), size))
     return inside, outside
+
+
+@pytest.mark.parametrize("s", [13, 31])
+def test_lengths_without_divisors_are_padded(s):
+    """A prime length in three chunks, not in one chunk a position."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, table = jax.random.normal(keys[0], (2, s, 8)), jax.random.normal(keys[1], (16, 8))
+    targets = jax.random.randint(keys[2], (2, s), 0, 16)
+    weights = jnp.ones((2, s))
+
+    def loss(chunk):
+        return lambda x, t: cross_entropy.linear_cross_entropy(x, t, targets, weights, chunk=chunk)[
+            0
+        ]
+
+    chunk = -(-s // 3)
+    (value, gradients), (expected, wanted) = (
+        jax.value_and_grad(loss(c), argnums=(0, 1))(x, table) for c in (chunk, 0)
+    )
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradients, wanted)
+    jaxpr = str(jax.make_jaxpr(loss(chunk))(x, table))
+    assert "length=3" in jaxpr
+    ours = cross_entropy.token_cross_entropy(x, table, targets, chunk=chunk)
+    theirs = cross_entropy.token_cross_entropy(x, table, targets, chunk=0)
+    np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-5)
+    np.testing.assert_array_equal(ours[1], theirs[1])
+
+
+def test_body_and_table_are_scaled_alike_in_bfloat16():
+    """1 / tokens is no power of two: rounded to 16 bits it would scale the two gradients differently."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (4, 64, 32), jnp.bfloat16)
+    table = jax.random.normal(keys[1], (16, 32))
+    targets = jax.random.randint(keys[2], (4, 64), 0, 16)
+    weights = jnp.ones((4, 64))
+
+    def gradients(scale):
+        def loss(x, t):
+            return cross_entropy.linear_cross_entropy(x, t, targets, weights)[0] * scale
+
+        return jax.grad(loss, argnums=(0, 1))(x, table)
+
+    one, small = gradients(1.0), gradients(1 / 135072)
+    for a, b in zip(one, small, strict=True):
+        a, b = (np.asarray(g, np.float64).ravel() for g in (a, b))
+        assert (a @ b) / (a @ a) * 135072 == pytest.approx(1.0, abs=5e-4)
