@@ -7,6 +7,7 @@ Flags become a config, the config an Experiment, and that trains, evaluates or d
 
 import os
 import sys
+import traceback
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
 
@@ -20,7 +21,7 @@ JOB_LOG_DIR = absl_flags.DEFINE_string(
 )
 MODE = absl_flags.DEFINE_enum("mode", "train", ["train", "eval", "decode"], "What to do.")
 EVAL_ON_TEST = absl_flags.DEFINE_boolean(
-    "eval_on_test", False, "train: evaluate the held-out sets while training."
+    "eval_on_test", None, "train: evaluate the held-out sets while training."
 )
 FOLLOW = absl_flags.DEFINE_boolean(
     "follow", False, "eval: wait for new checkpoints until the run has finished."
@@ -61,8 +62,8 @@ def main(argv: list[str]) -> int:
     """Returns the exit code of the process."""
     request, rest = flags.split(argv)
     flags.parse_absl(rest)
-    if EVAL_ON_TEST.value:
-        request, _ = flags.split([*argv, "--fdl.EVAL_ON_TEST=true"])
+    if EVAL_ON_TEST.value is not None:
+        request, _ = flags.split([*argv, f"--fdl.EVAL_ON_TEST={EVAL_ON_TEST.value}"])
     if request.list:
         print(flags.list_configs())
         return 0
@@ -73,6 +74,7 @@ def main(argv: list[str]) -> int:
         raise flags.UsageError(
             "--job_log_dir=DIR is missing: the folder for checkpoints, logs and results"
         )
+    _refuse_flags_without_effect()
     environ = dict(os.environ)
     if TFDS_DATA_DIR.value is not None:
         environ["TFDS_DATA_DIR"] = TFDS_DATA_DIR.value
@@ -80,6 +82,47 @@ def main(argv: list[str]) -> int:
     for notice in resolved.notices:
         print(f"note: {notice}", file=sys.stderr)
     return _run(resolved)
+
+
+def _refuse_flags_without_effect() -> None:
+    """A flag of another mode, or half of a pair, would be ignored: an error instead."""
+    given = {
+        "checkpoint": CHECKPOINT.value is not None,
+        "checkpoint_step": CHECKPOINT_STEP.value is not None,
+        "follow": FOLLOW.value,
+        "prompt": bool(PROMPT.value),
+        "prompt_file": PROMPT_FILE.value is not None,
+    }
+    serves = {
+        "train": (),
+        "eval": ("checkpoint", "checkpoint_step", "follow"),
+        "decode": ("checkpoint", "checkpoint_step", "prompt", "prompt_file"),
+    }
+    for name, is_given in given.items():
+        if is_given and name not in serves[MODE.value]:
+            hint = (
+                "; to start from the weights of another run set --fdl.CHECKPOINT_RESTORE_PATH"
+                if name == "checkpoint"
+                else ""
+            )
+            raise flags.UsageError(f"--{name} has no effect with --mode={MODE.value}{hint}")
+    if FOLLOW.value and CHECKPOINT_STEP.value is not None:
+        raise flags.UsageError(
+            "--follow evaluates every new checkpoint: leave out --checkpoint_step"
+        )
+    distributed = MULTIPROCESS.value or SERVER_ADDR.value is not None
+    if not distributed and (NUM_HOSTS.value is not None or HOST_IDX.value is not None):
+        raise flags.UsageError(
+            "--num_hosts and --host_idx need --multiprocess_gpu and --server_addr=HOST:PORT of process 0"
+        )
+
+
+def _is_for_the_user(error: BaseException) -> bool:
+    """Whether paxlike itself raised it; one out of a library below needs its traceback."""
+    frames = traceback.extract_tb(error.__traceback__)
+    here = os.path.dirname(os.path.abspath(__file__))
+    folders = tuple(os.path.join(here, name) + os.sep for name in ("paxlike", "configs"))
+    return not frames or frames[-1].filename.startswith((*folders, os.path.abspath(__file__)))
 
 
 def _run(resolved) -> int:
@@ -116,5 +159,7 @@ if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv))
     except (flags.UsageError, ValueError, OSError) as error:  # OSError: files, disks, time-outs
+        if not _is_for_the_user(error):
+            traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -36,7 +36,7 @@ class MeshKnobs(Knobs):
     PERCORE_BATCH_SIZE: Annotated[float, "rows per device and step, may be a fraction"] = 4
     NUM_MICROBATCHES: Annotated[int, "parts of the batch whose gradients are accumulated"] = 1
     FPROP_DTYPE: Annotated[
-        Literal["bfloat16", "float32", "float16"], "compute dtype; parameters are float32"
+        Literal["bfloat16", "float32"], "compute dtype; parameters are float32"
     ] = "bfloat16"
 
 
@@ -124,6 +124,9 @@ class RunKnobs(Knobs):
     CHECKPOINT_EVERY_MINUTES: Annotated[float | None, "minutes between checkpoints"] = None
     CHECKPOINT_MAX_TO_KEEP: Annotated[int, "newest checkpoints that are kept"] = 10
     CHECKPOINT_KEEP_EVERY_N_STEPS: Annotated[int | None, "keep these for ever"] = None
+    CHECKPOINT_CHECKSUMS: Annotated[
+        bool, "checksum every file; False: sizes only, for huge ones"
+    ] = True
     CHECKPOINT_RESTORE_PATH: Annotated[
         str | None, "checkpoint whose weights a fresh run starts from"
     ] = None
@@ -194,6 +197,7 @@ class LanguageModelKnobs(
                 every_minutes=self.CHECKPOINT_EVERY_MINUTES,
                 keep_last=self.CHECKPOINT_MAX_TO_KEEP,
                 keep_every_n_steps=self.CHECKPOINT_KEEP_EVERY_N_STEPS,
+                checksums=self.CHECKPOINT_CHECKSUMS,
             ),
             evaluation=fdl.Config(
                 EvalOptions,

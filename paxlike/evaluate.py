@@ -14,7 +14,7 @@ import jax
 from flax import linen as nn
 
 from paxlike import parallel
-from paxlike.checkpoint import restore_variables, wait_for_new_checkpoint
+from paxlike.checkpoint import ModelMismatch, restore_variables, wait_for_new_checkpoint
 from paxlike.log.metric import Metric
 from paxlike.train.state import abstract_variables
 
@@ -162,8 +162,16 @@ def evaluate(
         abstract = abstract_variables(experiment.model, mesh)
         steps = wait_for_new_checkpoint(source, say=log.progress.write) if follow else [step]
         for wanted in steps:
-            with log.busy(f"reading weights from {source}"):
-                weights = restore_variables(source, abstract, step=wanted)
+            try:
+                with log.busy(f"reading weights from {source}"):
+                    weights = restore_variables(source, abstract, step=wanted)
+            except (ValueError, OSError) as error:
+                if not follow or isinstance(error, ModelMismatch):
+                    raise
+                log.warning(
+                    f"step {wanted} is passed over: {error}"
+                )  # dropped by the run, or damaged
+                continue
             for evaluator in evaluators:
                 with log.busy(f"evaluating {evaluator.name} at step {weights.step:,}"):
                     metrics = evaluator.run(weights.variables)

@@ -107,6 +107,9 @@ class Experiment:
     def check(self) -> None:
         """Raises one clear ValueError for what cannot work, before anything is allocated."""
         self.mesh.check_devices(jax.device_count())
+        parallel.check_axes(self.mesh.shape, self.rules)
+        if self.num_microbatches < 1:
+            raise ValueError(f"NUM_MICROBATCHES={self.num_microbatches} must be at least 1")
         _ = self.global_batch_size
         if self.num_steps < 0:
             raise ValueError(f"MAX_STEPS={self.num_steps} is negative")
@@ -169,7 +172,11 @@ class Experiment:
             )  # refuses before a file is written
         # What a model without context could reach at best: says how much a loss is worth.
         references = {
-            name: unigram_entropy_of(data)
+            name: unigram_entropy_of(
+                data,
+                global_batch=here.global_batch_size,
+                max_batches=here.evaluation.max_batches,
+            )
             for name, data in here.eval_data.items()
             if data.tokenizer is not None
         }

@@ -10,6 +10,7 @@
 #   PYTHON   the interpreter to build .venv from (python3); Python 3.11 to 3.13
 #   VENV     where the environment lies (.venv in the repository)
 #   NO_UV=1  install with pip even where uv can be had
+#   ACCELERATOR=gpu|cpu  the CUDA build of JAX, or not (by default where nvidia-smi finds a GPU)
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -18,13 +19,13 @@ venv=${VENV:-$root/.venv}
 python=$venv/bin/python
 uv=
 
-usage() { sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '2,13s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 say() { echo "setup: $*" >&2; }
 die() { say "$*"; exit 1; }
 
 main() {
     case ${1:-run} in
-        run) locks=(base.txt) ;;
+        run) if has_gpu; then locks=(gpu.txt); else locks=(base.txt); fi ;;
         test) locks=(test.txt parity.txt) ;;
         -h | --help) usage; return ;;
         *) die "unknown profile '$1': use 'run' or 'test'" ;;
@@ -46,6 +47,12 @@ main() {
     if [[ $profile == test ]]; then install_parity; fi
     stamp > "$venv/.paxlike-$profile"
     say "$venv is ready ($profile, $("$python" -V), $SECONDS s)"
+}
+
+# An NVIDIA GPU gets the CUDA build of JAX for runs; the tests are made for CPUs.
+has_gpu() {
+    [[ ${ACCELERATOR:-} != cpu ]] || return 1
+    [[ ${ACCELERATOR:-} == gpu ]] || nvidia-smi -L > /dev/null 2>&1
 }
 
 # Two setups at once would write into one another's packages. The lock is on a file that is always

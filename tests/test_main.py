@@ -337,3 +337,37 @@ def test_pax_flags_are_knobs(tmp_path, monkeypatch):
         "--alsologtostderr",
     )
     assert seen[0]["EVAL_ON_TEST"] is True and seen[0]["TFDS_DATA_DIR"] == "/data"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            ["--checkpoint=x"],
+            "--checkpoint has no effect with --mode=train; .*CHECKPOINT_RESTORE_PATH",
+        ),
+        (["--prompt=x"], "--prompt has no effect with --mode=train"),
+        (["--mode=eval", "--prompt_file=x"], "--prompt_file has no effect with --mode=eval"),
+        (["--mode=eval", "--follow", "--checkpoint_step=3"], "leave out --checkpoint_step"),
+        (["--num_hosts=2", "--host_idx=1"], "need --multiprocess_gpu"),
+        (["--fdl.NUM_MICROBATCHES=0"], "NUM_MICROBATCHES=0 must be at least 1"),
+        (["--fdl.LOGITS_CHUNK=-1"], "LOGITS_CHUNK=-1"),
+        (["--fdl.MESH_AXES=[replica,fsdp,tensor]"], "'replica' of size 4 .*did you mean data"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(argv, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        call("--fdl_config=Synthetic126M", *TINY_SYNTHETIC, f"--job_log_dir={tmp_path}/run", *argv)
+
+
+def test_errors_of_libraries_keep_their_traceback():
+    import json
+
+    import main
+
+    with pytest.raises(ValueError) as ours:
+        call("--fdl_config=Synthetic126M")
+    assert main._is_for_the_user(ours.value)
+    with pytest.raises(ValueError) as theirs:
+        json.loads("{")
+    assert not main._is_for_the_user(theirs.value)

@@ -30,7 +30,8 @@ def mark_finished(job_log_dir: Path, step: int) -> None:
 
 def clear_finished(job_log_dir: Path) -> None:
     """Takes the record back: the run goes on (a larger number of steps, say)."""
-    (Path(job_log_dir) / _MARKER).unlink(missing_ok=True)
+    if jax.process_index() == 0:
+        (Path(job_log_dir) / _MARKER).unlink(missing_ok=True)
 
 
 def finished_step(job_log_dir: Path) -> int | None:

@@ -1,5 +1,7 @@
 """Facts about tokens that a loss is judged by."""
 
+import itertools
+
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -19,11 +21,13 @@ def unigram_entropy(
     return _entropy(np.bincount(ids))
 
 
-def unigram_entropy_of(loader: Loader, *, global_batch: int = 64) -> float:
-    """`unigram_entropy` of all scored targets of one epoch of a loader."""
+def unigram_entropy_of(
+    loader: Loader, *, global_batch: int = 64, max_batches: int | None = None
+) -> float:
+    """`unigram_entropy` of the scored targets of an epoch of a loader, or of its first batches."""
     counts = np.zeros(0, np.int64)
     with loader.epoch(global_batch=global_batch) as batches:
-        for batch in batches:
+        for batch in itertools.islice(batches, max_batches):
             new = np.bincount(batch["targets"][batch["weights"] > 0], minlength=len(counts))
             new[: len(counts)] += counts
             counts = new

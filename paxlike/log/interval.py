@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -74,7 +75,12 @@ class Interval:
             for name, metric in metrics.items():
                 # Python floats: float32 sums over many steps would lose digits.
                 metric = Metric(float(metric.sum), float(metric.weight))
-                self._merged[name] = self._merged.get(name, Metric(0.0, 0.0)) + metric
+                kept = self._merged.get(name)
+                # A step whose loss is not finite was skipped: it must not hide those around it.
+                if kept is None or not math.isfinite(kept.sum):
+                    self._merged[name] = metric
+                elif math.isfinite(metric.sum):
+                    self._merged[name] = kept + metric
         self._pending = []
 
     def speed(self, num_devices: int, peak: float | None) -> dict[str, float]:

@@ -86,6 +86,8 @@ class Mesh:
 
     def global_batch_size(self, percore_batch_size: float) -> int:
         """Rows of one step: `percore_batch_size` (may be a fraction) x devices; ValueError where it is not whole."""
+        if not math.isfinite(percore_batch_size):
+            raise ValueError(f"PERCORE_BATCH_SIZE={percore_batch_size} is not a number of rows")
         exact = fractions.Fraction(percore_batch_size).limit_denominator(1 << 20) * self.num_devices
         shards = self.num_batch_shards
         if exact.denominator != 1 or exact < 1 or exact.numerator % shards:

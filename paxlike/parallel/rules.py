@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import difflib
 import math
 from collections.abc import Iterator, Mapping
 
@@ -86,6 +87,25 @@ def num_shards(name: str) -> int:
     """Number of parts into which the dimension called `name` is split on the mesh in force."""
     sizes = compat.current_mesh_shape()
     return math.prod(sizes.get(axis, 1) for axis in _as_tuple(_rules.get().get(name)))
+
+
+def check_axes(sizes: Mapping[str, int], rules: Rules | None = None) -> None:
+    """Raises ValueError for a mesh axis over which nothing is spread: its devices would all do the same work."""
+    known = {
+        axis
+        for axes in (DEFAULT_RULES if rules is None else rules).values()
+        for axis in _as_tuple(axes)
+    }
+    for axis, size in sizes.items():
+        if size > 1 and axis not in known:
+            near = difflib.get_close_matches(
+                {"replica": "data", "mdl": "tensor"}.get(axis, axis), known, n=1
+            )
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise ValueError(
+                f"MESH_AXES: nothing is spread over the axis '{axis}' of size {size}{hint}; the axes are "
+                f"{', '.join(sorted(known))}"
+            )
 
 
 def check_divisible(

@@ -27,6 +27,12 @@ class CausalLanguage:
     z_loss: float = 0.0
     chunk: int | None = None
 
+    def __post_init__(self):
+        if self.chunk is not None and self.chunk < 0:
+            raise ValueError(
+                f"LOGITS_CHUNK={self.chunk} must be None, 0 (the whole row) or positions"
+            )
+
     def weight(self, batch: Batch) -> Float[Array, ""]:
         """Number of scored tokens of the batch."""
         return jnp.sum(batch["weights"])

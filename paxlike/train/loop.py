@@ -20,6 +20,7 @@ from paxlike.checkpoint import (
     EXIT_PREEMPTED,
     Checkpointer,
     TerminationSignal,
+    clear_finished,
     mark_finished,
     restore_params,
 )
@@ -74,10 +75,17 @@ class _Run:
         stop = stack.enter_context(TerminationSignal())
         state, start = self._restore_or_initialize(checkpointer)
         if start >= experiment.num_steps:
+            mark_finished(self.directory, start)
             log.progress.write(
                 f"training is complete: step {start:,} of {experiment.num_steps:,}; nothing to do"
             )
             return 0
+        clear_finished(self.directory)
+        for name, data in (
+            experiment.eval_data.items() if experiment.evaluation.every_n_steps else ()
+        ):
+            with log.busy(f"opening the held-out set {name}"):
+                data.num_examples()  # now, not at the first evaluation, when the devices wait
         batches = experiment.train_data.batches(
             global_batch=self.global_batch,
             start_step=self.first_batch,

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from paxlike.log.metric import Metric
 from paxlike.train.optimizer import Optimizer
 from paxlike.train.state import TrainState
 
@@ -132,8 +131,3 @@ def _split(batch, parts: int):
         return jnp.moveaxis(x.reshape(b // parts, parts, *rest), 1, 0)
 
     return jax.tree.map(split, dict(batch))
-
-
-def is_metric(value: Any) -> bool:
-    """Whether a leaf of the step's metrics is a sum with a weight (and not a plain number)."""
-    return isinstance(value, Metric)

@@ -124,7 +124,7 @@ def test_numbers_that_are_not_finite_stay_valid_json(tmp_path, read_scalars):
         raise AssertionError(f"{constant} is not JSON")
 
     with open_log(tmp_path) as log:
-        train(log, 1, 5, loss=lambda step: Metric(float("nan") if step == 3 else 1.0, 1.0))
+        train(log, 1, 5, loss=lambda step: Metric(float("nan"), 1.0))
         log.evaluate("heldout", 5, {"acc": float("inf"), "empty": Metric(0.0, 0.0), "ok": 1.0})
     text = (tmp_path / "metrics.jsonl").read_text()
     line, evaluation = (json.loads(row, parse_constant=reject) for row in text.splitlines())
@@ -301,3 +301,16 @@ def test_misuse_is_one_clear_line(tmp_path):
             log.evaluate("train", 1, {})
         with pytest.raises(ValueError, match=r"call RunLog.resumed\(...\)"):
             log.event("resumed", from_step=3)
+
+
+def test_a_skipped_step_does_not_hide_the_loss_of_its_interval(tmp_path):
+    from paxlike.log.history import read_metrics
+
+    with RunLog(
+        tmp_path, num_steps=8, summary_interval_steps=4, tensorboard=False, progress=False
+    ) as log:
+        for step, loss in enumerate([3.0, float("nan"), 5.0, 4.0, *[float("nan")] * 4], start=1):
+            log.train(step, {"loss": Metric.of(loss)})
+    first, second = read_metrics(tmp_path)
+    assert first["loss"] == 4.0
+    assert second["loss"] is None and second["non_finite"] == ["loss"]

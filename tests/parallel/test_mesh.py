@@ -137,3 +137,19 @@ def test_what_does_not_divide_is_named_with_a_size_that_fits():
         match=r"x: its dimension 'heads' = 12 does not divide over the mesh axis tensor = 8; use tensor = 4",
     ):
         parallel.check_divisible(("embed", "heads"), (768, 12), {"tensor": 8}, "x")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (
+            {"replica": 2, "fsdp": 1},
+            r"nothing is spread over the axis 'replica' of size 2 \(did you mean data\?\)",
+        ),
+        ({"data": 2, "expert": 2}, "'expert' of size 2; the axes are data, fsdp, tensor"),
+    ],
+)
+def test_an_axis_that_nothing_is_spread_over_is_refused(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        parallel.check_axes(sizes)
+    parallel.check_axes({"data": 2, "expert": 1})

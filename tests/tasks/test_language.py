@@ -55,7 +55,7 @@ def model():
 
 @pytest.mark.parametrize("chunk", [None, 1])
 def test_evaluation_counts_whole_rows_real_tokens_and_bytes(model, chunk):
-    metrics = CausalLanguage(chunk=chunk).evaluate(model, {}, BATCH)
+    metrics = CausalLanguage(chunk=chunk).evaluate(model, {}, jax.tree.map(jnp.array, BATCH))
     logp = log_softmax(LOGITS)
     nll = -(logp[0, 1, 1] + logp[0, 2, 3] + logp[1, 0, 2] + logp[1, 1, 0])
     assert metrics["loss"].value() == pytest.approx(nll / 4, rel=1e-6)
@@ -68,7 +68,7 @@ def test_evaluation_counts_whole_rows_real_tokens_and_bytes(model, chunk):
 
 def test_training_loss_is_the_mean_over_weights_plus_z_loss(model):
     task = CausalLanguage(z_loss=0.1)
-    batch = {k: BATCH[k] for k in ("tokens", "targets", "weights")}
+    batch = {k: jnp.array(BATCH[k]) for k in ("tokens", "targets", "weights")}
     loss = task.loss(model, {}, batch, {})
     logp, weights = log_softmax(LOGITS), BATCH["weights"]
     nll = -np.take_along_axis(logp, BATCH["targets"][..., None], -1)[..., 0]

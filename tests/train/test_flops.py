@@ -23,6 +23,7 @@ def count(net, rows=tiny.ROWS):
     batch = tiny.batches(1, rows=rows)[0]
     mesh = parallel.Mesh(ici=(1, 1, 1)).build(jax.devices()[:1])
     with parallel.activate(mesh):
+        batch = jax.tree.map(jax.numpy.asarray, batch)
         variables = jax.eval_shape(lambda: plain_init(net, batch["tokens"]))
         task = CausalLanguage()
         return train_flops(lambda v, b: task.forward(net, v, b), variables, batch)
