@@ -25,6 +25,7 @@ main() {
     if [[ -n ${VENV:-} && $VENV != /* ]]; then VENV=$PWD/$VENV; fi
     export VENV=${VENV:-$root/.venv}
     cd "$root"
+    source scripts/lib/malloc.sh
 
     trap 'exit 143' TERM # only after what runs has saved
 

@@ -3,6 +3,7 @@
 # DRY_RUN=1 prints the command and the environment of the run and starts nothing.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+source "$root/scripts/lib/malloc.sh"
 
 die() { echo "$(basename "$0"): $*" >&2; exit 2; }
 
