@@ -13,13 +13,16 @@ from paxlike.ops import platform
 
 _WEIGHT = (((1,), (0,)), ((), ()))  # x w
 _OTHER = (((1,), (1,)), ((), ()))  # dy w^T
+CPU_TRANSPOSED_BYTES = (
+    12 << 20
+)  # of a result that is cheap to transpose: it is still in a CPU's cache
 
 
 def contract_rows(
     a: Float[Array, "*batch n p"], b: Float[Array, "*batch n q"]
 ) -> Float[Array, "*batch p q"]:
     """a^T b, accumulated and returned in float32: the gradient of a weight from its inputs and their cotangents."""
-    if platform.is_cpu() and a.shape[-1] > b.shape[-1]:
+    if _transposed(a.shape[-1], b.shape[-1]):
         # XLA's CPU product of this form takes up to 1.5 x the time when its result is taller than wide. The barrier
         # keeps the compiler from undoing the transposition.
         return jnp.swapaxes(jax.lax.optimization_barrier(_contract_rows(b, a)), -1, -2)
@@ -29,7 +32,7 @@ def contract_rows(
 def matmul(x: Float[Array, "n p"], w: Float[Array, "p q"]) -> Float[Array, "n q"]:
     """x w."""
     # Only where `contract_rows` differs from what differentiation writes down.
-    if platform.is_cpu() and w.shape[0] > w.shape[1]:
+    if _transposed(*w.shape):
         return _matmul(x, w)
     return jax.lax.dot_general(x, w, _WEIGHT)
 
@@ -49,6 +52,10 @@ def _backward(residuals, dy):
 
 
 _matmul.defvjp(_forward, _backward)
+
+
+def _transposed(p: int, q: int) -> bool:
+    return platform.is_cpu() and p > q and 4 * p * q <= CPU_TRANSPOSED_BYTES
 
 
 def _contract_rows(a, b):

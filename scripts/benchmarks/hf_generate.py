@@ -1,0 +1,59 @@
+"""Greedy `generate` of a Hugging Face GPT-2 with random weights; needs torch and transformers."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from scripts.benchmarks.shapes import SHAPES
+
+
+def main() -> None:
+    options = json.loads(sys.argv[1])
+    shape = SHAPES[options["shape"]]
+    config = GPT2Config(
+        vocab_size=shape.vocab,
+        n_positions=shape.length,
+        n_embd=shape.width,
+        n_layer=shape.layers,
+        n_head=shape.heads,
+        n_inner=shape.hidden,
+        bos_token_id=0,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    model = GPT2LMHeadModel(config).eval()
+    prompts = torch.randint(2, shape.vocab, (options["rows"], options["prompt"]))
+    mask = torch.ones_like(prompts)
+    room = min(options["tokens"], shape.length - options["prompt"])
+
+    def run() -> int:
+        out = model.generate(
+            prompts, attention_mask=mask, do_sample=False, max_new_tokens=room, min_new_tokens=room
+        )
+        return (out.shape[1] - prompts.shape[1]) * out.shape[0]
+
+    run()
+    started = time.perf_counter()
+    tokens = run()
+    print(
+        json.dumps(
+            {
+                "tokens_per_second": tokens / (time.perf_counter() - started),
+                "tokens": tokens,
+                "rows": options["rows"],
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
