@@ -89,7 +89,7 @@ def test_ends_with(tmp_path):
         (float("inf"), None),
         (np.array([1.0, np.nan]), [1.0, None]),
         ({"a": (1, True, None)}, {"a": [1, True, None]}),
-        (os.path.join, str(os.path.join)),
+        pytest.param(os.path.join, str(os.path.join), id="function"),
     ],
 )
 def test_to_jsonable(value, expected):
