@@ -28,12 +28,14 @@ OTHER_NAMES = {
     "NUM_LAYRS",  # misspelt on purpose
     "NUM_LAYRES",
     "SAVE_ALL",
+    "GLIBC_TUNABLES",
+    "PYTHON_WITH_TORCH",  # stands for an interpreter
 }
 # Flags of programs other than main.py, by the program.
 OTHER_FLAGS = {
     "paxlike": {"input", "vocab_size", "output", "tfds", "split", "data_dir", "tokenizer"}
     | {"cache_dir", "workers", "text_key", "labels", "x", "reference", "title"},
-    "scripts": {"source", "data_dir"},
+    "scripts": {"source", "data_dir", "output", "parts", "shapes", "rounds", "steps", "torch"},
     "XLA": {"xla_dump_to", "xla_dump_hlo_as_text"},
     "absl": {"flagfile"},
     "Pax": {"exp"},
