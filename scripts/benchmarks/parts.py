@@ -53,9 +53,13 @@ def startup(options: argparse.Namespace) -> dict[str, Any]:
                 flags += [f"--job_log_dir={logs}", f"--compilation_cache={cache}"]
                 env = environment() | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
                 started = time.perf_counter()
-                subprocess.run(
-                    [*command, *flags], cwd=ROOT, env=env, check=True, stdout=subprocess.DEVNULL
+                done = subprocess.run(
+                    [*command, *flags], cwd=ROOT, env=env, capture_output=True, text=True
                 )
+                if done.returncode:
+                    raise RuntimeError(
+                        f"main.py ended with status {done.returncode}: {done.stderr}"
+                    )
                 seconds = time.perf_counter() - started
                 result.setdefault("warm cache" if i else "cold cache", []).append(seconds)
     started = time.perf_counter()
