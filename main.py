@@ -6,6 +6,7 @@ Flags become a config, the config an Experiment, and that trains, evaluates or d
 """
 
 import os
+import signal
 import sys
 import traceback
 
@@ -157,7 +158,11 @@ def _set_up_jax() -> None:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(sys.argv))
+        code = main(sys.argv)
+        # A scheduler may send SIGTERM twice (to the process and to its group): the second one must not turn the exit code
+        # of a run that has saved into that of one that was killed.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        sys.exit(code)
     except (flags.UsageError, ValueError, OSError) as error:  # OSError: files, disks, time-outs
         if not _is_for_the_user(error):
             traceback.print_exc()

@@ -37,10 +37,6 @@ class TerminationSignal:
         for number, handler in self._previous.items():
             # None: the handler was not installed from Python and cannot be put back.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        if self.received == "SIGTERM":
-            # A scheduler may send it twice (to the process and to its group); the second one must not turn the exit
-            # code of a run that has saved into that of one that was killed.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def agreed(self, step: int) -> bool:
         """Whether all processes stop after `step`; call it once a step on each.
