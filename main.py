@@ -159,8 +159,8 @@ def _set_up_jax() -> None:
 if __name__ == "__main__":
     try:
         code = main(sys.argv)
-        # A scheduler may send SIGTERM twice (to the process and to its group): the second one must not turn the exit code
-        # of a run that has saved into that of one that was killed.
+        # A scheduler may send SIGTERM twice (to the process and to its group): the second one must not turn the exit
+        # code of a run that has saved into that of one that was killed.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         sys.exit(code)
     except (flags.UsageError, ValueError, OSError) as error:  # OSError: files, disks, time-outs
