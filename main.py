@@ -148,8 +148,15 @@ def _set_up_jax() -> None:
     """Everything global about JAX: processes, the compilation cache."""
     import jax
 
-    if COMPILATION_CACHE.value and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(COMPILATION_CACHE.value))
+    from paxlike import compat
+
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", COMPILATION_CACHE.value)
+    if cache:
+        try:
+            jax.config.update("jax_compilation_cache_dir", str(compat.program_cache(cache)))
+        except OSError as error:
+            jax.config.update("jax_compilation_cache_dir", None)
+            print(f"compiled programs are not kept: {error}", file=sys.stderr)
     if MULTIPROCESS.value or SERVER_ADDR.value is not None:
         jax.distributed.initialize(
             SERVER_ADDR.value, NUM_HOSTS.value, HOST_IDX.value, initialization_timeout=120

@@ -6,9 +6,14 @@ Supported: Python 3.11 to 3.13 and jax >= 0.10. Python 3.11 stops at jax 0.10.2.
 from __future__ import annotations
 
 import contextlib
+import os
+import platform
+import zlib
+from pathlib import Path
 
 import jax
 import numpy as np
+from jax._src import compiler as _compiler
 from jax.sharding import AxisType, Mesh
 
 
@@ -25,3 +30,40 @@ def set_mesh(mesh: Mesh) -> contextlib.AbstractContextManager:
 def current_mesh_shape() -> dict[str, int]:
     """Axis sizes of the mesh in force, `{}` outside any."""
     return dict(jax.sharding.get_abstract_mesh().shape)
+
+
+def program_cache(folder: str | os.PathLike) -> Path:
+    """Where in `folder` compiled programs are kept (for `jax_compilation_cache_dir`), and makes reading them safe.
+
+    Two things that jax's cache does not see to:
+
+    * A program compiled for one kind of CPU dies on another, and homes are shared by nodes that differ: each kind has
+      a subfolder of its own.
+    * XLA:CPU seems to lose the order of independent collectives when it reads a program back: the devices enter them
+      in different orders and wait for each other until it aborts (seen with jax 0.10.2: 4 of 12 starts; 0 of 19 when
+      the same program was compiled). CPU programs over several devices are therefore compiled each time.
+    """
+    place = Path(folder).expanduser() / _cpu_kind()
+    place.mkdir(parents=True, exist_ok=True)
+    read = _compiler._cache_read
+    if getattr(read, "skips_collectives", False):
+        return place
+
+    def cache_read(name, key, options, backend, devices, *more):  # jax 0.11 gives one argument more
+        if backend.platform == "cpu" and len(devices) > 1:
+            return None, None
+        return read(name, key, options, backend, devices, *more)
+
+    cache_read.skips_collectives = True
+    _compiler._cache_read = cache_read
+    return place
+
+
+def _cpu_kind() -> str:
+    """A short name of what this CPU can do."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = [platform.processor()]
+    known = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
+    return f"{platform.machine()}-{zlib.crc32(repr(known).encode()):08x}"
