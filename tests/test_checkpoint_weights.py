@@ -140,3 +140,12 @@ def test_a_damaged_checkpoint_is_passed_over(run, tmp_path, caplog):
     (copy / "checkpoints/checkpoint_00000003/state/manifest.ocdbt").write_bytes(b"")
     assert_same_bits(restore_params(copy, wanted()), host_state(2).params)
     assert "checkpoint_00000003 is damaged (state/manifest.ocdbt has 0 bytes" in caplog.text
+
+
+def test_without_checksums_only_sizes_are_compared(run, tmp_path, caplog):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    config = copy / "checkpoints/checkpoint_00000003/config/metadata"
+    config.write_bytes(config.read_bytes()[::-1])
+    assert_same_bits(restore_params(copy, wanted()), host_state(2).params)
+    assert "checkpoint_00000003 is damaged (config/metadata has CRC-32" in caplog.text
+    assert_same_bits(restore_params(copy, wanted(), checksums=False), STATE.params)

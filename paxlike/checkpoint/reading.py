@@ -57,16 +57,19 @@ def _damage_anywhere(folder: Path, checksums: bool) -> str | None:
 
 def _try(read: Callable[[Path], T], folder: Path, *, certain: bool) -> tuple[T | None, str | None]:
     """Result or reason of failure; when the contents are `certain`, a failure is raised instead."""
-    result, problem = None, None
+    result, problem, failure = None, None, None
     try:
         result = read(folder)
     except ModelMismatch:
         raise
     except (OSError, ValueError, KeyError) as error:
-        if certain:
-            raise
-        problem = f"cannot be read: {first_line(error)}"
+        problem, failure = f"cannot be read: {first_line(error)}", error
+    # Before anything is raised: the other processes wait here.
     problems = processes.share("read", problem)
+    if certain and failure is not None:
+        raise failure
+    if certain and problems:
+        raise OSError(f"another process failed: {folder} {problems[0]}")
     return (None, problems[0]) if problems else (result, None)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from paxlike.checkpoint.reading import ModelMismatch, log, read_newest
 
 Rule = tuple[str, str | None]
 Use = Literal["auto", "params", "ema"]
+Complete = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 _KINDS = ("params", "ema")
 
 
@@ -37,12 +38,18 @@ class Weights:
 
 
 def restore_variables(
-    path: Path, abstract: Mapping[str, Any], *, step: int | None = None, use: Use = "auto"
+    path: Path,
+    abstract: Mapping[str, Any],
+    *,
+    step: int | None = None,
+    use: Use = "auto",
+    checksums: bool = True,
 ) -> Weights:
     """Everything a model needs to be applied: the weights and its other collections.
 
     `abstract` is the tree of variables, `{"params": ..., **collections}`; `path` and `step` are as in
-    `restore_params`. `auto` takes averaged weights where there are any.
+    `restore_params`. `auto` takes averaged weights where there are any. Without `checksums` only sizes of files are
+    compared, those of the optimizer state too.
     """
     params = arrays.named_leaves(abstract["params"])
     rest = arrays.named_leaves({k: v for k, v in abstract.items() if k != "params"})
@@ -51,17 +58,23 @@ def restore_variables(
         metadata = arrays.read_item(folder, "metadata")
         averaged = any(name.startswith("ema/") for name in metadata["arrays"])
         kind = ("ema" if averaged else "params") if use == "auto" else use
-        _check(folder, metadata["arrays"], params, (), kind, params)
-        wanted = {f"{kind}/{name}": leaf for name, leaf in params.items()}
+        stored = metadata["arrays"]
+        places = _places(stored, kind)
+        held = {name: leaf for name, leaf in params.items() if complete is None or name in places}
+        described = {f"{kind}/{name}": stored[place] for name, place in places.items()}
+        _check(folder, described or stored, held, (), kind, held)
+        wanted = {places[name]: leaf for name, leaf in held.items()}
         wanted |= {f"collections/{name}": leaf for name, leaf in rest.items()}
-        if lacking := [name for name in wanted if name not in metadata["arrays"]]:
+        if lacking := [name for name in wanted if name not in stored]:
             raise ModelMismatch(f"checkpoint {folder} has no array {arrays.some(lacking)}")
         found = arrays.read_arrays(folder, wanted)
-        tree = {f"params/{name}": found[f"{kind}/{name}"] for name in params}
+        tree = {f"params/{name}": found[places[name]] for name in held}
+        if absent := {name: leaf for name, leaf in params.items() if name not in held}:
+            tree |= {f"params/{name}": leaf for name, leaf in complete(absent).items()}
         tree |= {name: found[f"collections/{name}"] for name in rest}
         return Weights(arrays.with_leaves(dict(abstract), tree), metadata["step"], kind)
 
-    return read_newest(_folders(path, step), read)
+    return read_newest(_folders(path, step), read, checksums=checksums)
 
 
 def restore_params(
@@ -72,6 +85,7 @@ def restore_params(
     rules: Sequence[Rule] = (),
     use: str = "params",
     init_params: Any = None,
+    checksums: bool = True,
 ) -> Any:
     r"""The weights of a checkpoint, in the tree, dtypes and shardings of `abstract_params`.
 
@@ -102,8 +116,16 @@ def restore_params(
         found = arrays.read_arrays(folder, prefixed)
         return {name: found[f"{use}/{source}"] for name, source in taken.items()}
 
-    restored = read_newest(_folders(path, step), read)
+    restored = read_newest(_folders(path, step), read, checksums=checksums)
     return arrays.with_leaves(abstract_params, restored | initial)
+
+
+def _places(stored: Mapping[str, Any], kind: str) -> dict[str, str]:
+    """Name of a weight -> where the checkpoint has it; the plain one where there is no average."""
+    places = {name: f"{kind}/{name}" for name in _without_prefix(stored, kind)}
+    if not places or kind == "params":
+        return places
+    return {name: f"params/{name}" for name in _without_prefix(stored, "params")} | places
 
 
 def _initial(kept: Sequence[str], init_params: Any) -> dict[str, Any]:
