@@ -10,7 +10,7 @@ import contextlib
 import contextvars
 import functools
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,9 +43,10 @@ def attention(
     *,
     causal: bool,
     segments: Int[Array, "b s"] | None = None,
-    lengths: Int[Array, "b"] | None = None,
     offset: Int[Array, "b"] | None = None,
     scale: float | None = None,
+    window: int | None = None,
+    logit_cap: float | None = None,
     implementation: Implementation = "auto",
 ) -> Float[Array, "b s h k"]:
     """Softmax(q k^T * scale) v, the softmax in float32.
@@ -53,41 +54,61 @@ def attention(
     Args:
       causal: query i sees keys up to its own position.
       segments: document numbers of self-attention (s == t); queries see keys of their own document only.
-      lengths: keys at and beyond `lengths[b]` are not seen (a cache that is filled in part).
       offset: position of the first query among the keys (`0` where None), for decoding against a cache.
       scale: factor of the scores, 1/sqrt(k) where None.
+      window: a query sees this many keys at most, itself and those just before it (Beltagy et al. 2020); causal only.
+      logit_cap: scores become cap * tanh(score / cap) (Gemma 2, section 2).
       implementation: `xla` is the plain reference; `cudnn` is fused attention on NVIDIA GPUs; `auto` takes cudnn where
-        it can serve (NVIDIA GPU, 16-bit inputs, head size a multiple of 8 up to 128, 256 on Hopper, no cache) and
-        xla elsewhere.
+        it can serve (NVIDIA GPU, 16-bit inputs, head size a multiple of 8 up to 128, 256 on Hopper, no cache, no cap)
+        and xla elsewhere.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if window is not None and (window < 1 or not causal):
+        raise ValueError(f"a window of {window} needs causal attention and at least 1 key")
+    if logit_cap is not None and logit_cap <= 0:
+        raise ValueError(f"a logit cap of {logit_cap} must be above 0 (None for none)")
+    scores = _Scores(q.shape[-1] ** -0.5 if scale is None else scale, window, logit_cap)
     reference = causal_attention if causal else full_attention
     if _plain.get():
-        return reference(q, k, v, segments, lengths, offset, scale=scale)
+        return reference(q, k, v, segments, offset, scores=scores)
     if implementation == "auto":
-        implementation = "xla" if _why_not_cudnn(q, segments, lengths, offset) else "cudnn"
+        implementation = "xla" if _why_not_cudnn(q, segments, offset, scores) else "cudnn"
     if implementation == "cudnn":
-        if reason := _why_not_cudnn(q, segments, lengths, offset):
+        if reason := _why_not_cudnn(q, segments, offset, scores):
             raise ValueError(
                 f"cuDNN attention {reason}: set USE_CUDNN_FLASH_ATTENTION=None, which takes it where it can serve"
             )
         mask = None if segments is None else _segment_mask(segments)
         return jax.nn.dot_product_attention(
-            q, k, v, mask=mask, scale=scale, is_causal=causal, implementation="cudnn"
+            q,
+            k,
+            v,
+            mask=mask,
+            scale=scores.scale,
+            is_causal=causal,
+            local_window_size=None if window is None else (window - 1, 0),
+            implementation="cudnn",
         )
     if implementation != "xla":
         raise ValueError(
             f"attention implementation '{implementation}' is none of {', '.join(IMPLEMENTATIONS)}"
         )
-    if causal and lengths is None and offset is None and _num_blocks(q.shape[1], k.shape[1]) > 1:
-        return causal_attention_in_blocks(q, k, v, segments, scale=scale)
-    return reference(q, k, v, segments, lengths, offset, scale=scale)
+    if causal and offset is None and _num_blocks(q.shape[1], k.shape[1]) > 1:
+        return causal_attention_in_blocks(q, k, v, segments, scores=scores)
+    return reference(q, k, v, segments, offset, scores=scores)
 
 
-def _reference(q, k, v, segments, lengths, offset, *, scale: float, causal: bool):
+class _Scores(NamedTuple):
+    """What becomes of q k^T; a static argument."""
+
+    scale: float
+    window: int | None
+    logit_cap: float | None
+
+
+def _reference(q, k, v, segments, offset, *, scores: _Scores, causal: bool):
     b, s, h, size = q.shape
     t, groups = k.shape[1], k.shape[2]
-    mask = _mask(b, s, t, segments, lengths, offset, causal)
+    mask = _mask(s, t, segments, offset, scores.window, causal)
     if groups == h:
         # Not as groups of one: a CPU's matrix products want their operands in two more copies then.
         query_axes, score_axes = "bsgk", "bgst"
@@ -96,62 +117,80 @@ def _reference(q, k, v, segments, lengths, offset, *, scale: float, causal: bool
         # Grouped queries: the h // g queries of a group share one key, so they stand beside the length.
         query_axes, score_axes = "bsgqk", "bgqst"
         q = q.reshape(b, s, groups, h // groups, size)
-    scores = scale * jnp.einsum(
-        f"{query_axes},btgk->{score_axes}", q, k, preferred_element_type=jnp.float32
-    )
+    logits = scores.scale * _wide_product(f"{query_axes},btgk->{score_axes}", q, k)
+    if scores.logit_cap is not None:
+        logits = scores.logit_cap * jnp.tanh(logits / scores.logit_cap)
     if mask is not None:
-        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+        logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(q.dtype)
     return jnp.einsum(f"{score_axes},btgk->{query_axes}", weights, v).reshape(b, s, h, size)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _wide_product(form: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """The contraction `form`, its result in float32.
+
+    Differentiation would multiply float32 cotangents with 16-bit operands, which tensor cores cannot; they are rounded
+    to the operands' type first, as fused attention does.
+    """
+    return jnp.einsum(form, a, b, preferred_element_type=jnp.float32)
+
+
+def _wide_product_backward(form, operands, cotangent):
+    a, b = operands
+    (of_a, of_b), of_result = form.split("->")[0].split(","), form.split("->")[1]
+    cotangent = cotangent.astype(a.dtype)
+    return (
+        jnp.einsum(f"{of_result},{of_b}->{of_a}", cotangent, b),
+        jnp.einsum(f"{of_result},{of_a}->{of_b}", cotangent, a),
+    )
+
+
+_wide_product.defvjp(lambda form, a, b: (_wide_product(form, a, b), (a, b)), _wide_product_backward)
+
+
 # The name of the jitted function is what the FLOP counter knows a causal attention by (half of the scores are needed).
-@functools.partial(jax.jit, static_argnames="scale")
-def causal_attention(q, k, v, segments, lengths, offset, *, scale):
+@functools.partial(jax.jit, static_argnames="scores")
+def causal_attention(q, k, v, segments, offset, *, scores):
     """The reference with a causal mask."""
-    return _reference(q, k, v, segments, lengths, offset, scale=scale, causal=True)
+    return _reference(q, k, v, segments, offset, scores=scores, causal=True)
 
 
-@functools.partial(jax.jit, static_argnames="scale")
-def causal_attention_in_blocks(q, k, v, segments, *, scale):
+@functools.partial(jax.jit, static_argnames="scores")
+def causal_attention_in_blocks(q, k, v, segments, *, scores):
     """The same numbers, without most of the products that the mask throws away: a quarter off its time on a CPU."""
     block, rows = q.shape[1] // _num_blocks(q.shape[1], k.shape[1]), []
     for start in range(0, q.shape[1], block):
-        seen = start + block
-        offset = jnp.full((1,), start, jnp.int32)
-        documents = None if segments is None else (segments[:, start:seen], segments[:, :seen])
+        seen = slice(max(0, start - (scores.window or start + 1) + 1), start + block)
+        queries = slice(start, start + block)
+        documents = None if segments is None else (segments[:, queries], segments[:, seen])
+        offset = jnp.full((1,), start - seen.start, jnp.int32)
         part = _reference(
-            q[:, start:seen],
-            k[:, :seen],
-            v[:, :seen],
-            documents,
-            None,
-            offset,
-            scale=scale,
-            causal=True,
+            q[:, queries], k[:, seen], v[:, seen], documents, offset, scores=scores, causal=True
         )
         rows.append(part)
     return jnp.concatenate(rows, axis=1)
 
 
-@functools.partial(jax.jit, static_argnames="scale")
-def full_attention(q, k, v, segments, lengths, offset, *, scale):
+@functools.partial(jax.jit, static_argnames="scores")
+def full_attention(q, k, v, segments, offset, *, scores):
     """The reference without a causal mask."""
-    return _reference(q, k, v, segments, lengths, offset, scale=scale, causal=False)
+    return _reference(q, k, v, segments, offset, scores=scores, causal=False)
 
 
-def _mask(b, s, t, segments, lengths, offset, causal) -> jax.Array | None:
+def _mask(s, t, segments, offset, window, causal) -> jax.Array | None:
     """Boolean mask that broadcasts to (b, g, q, s, t), or None where everything is seen."""
     parts = []
     if causal:
         first = jnp.zeros((1,), jnp.int32) if offset is None else offset
-        rows = first[:, None] + jnp.arange(s)[None, :]
-        parts.append((rows[:, :, None] >= jnp.arange(t)[None, None, :])[:, None, None])
+        rows = (first[:, None] + jnp.arange(s)[None, :])[:, None, None, :, None]
+        keys = jnp.arange(t)[None, None, None, None, :]
+        parts.append(rows >= keys)
+        if window is not None and window < t:
+            parts.append(rows - keys < window)
     if segments is not None:
         of_queries, of_keys = segments if isinstance(segments, tuple) else (segments, segments)
         parts.append((of_queries[:, :, None] == of_keys[:, None, :])[:, None, None])
-    if lengths is not None:
-        parts.append((jnp.arange(t)[None, :] < lengths[:, None])[:, None, None, None, :])
     return functools.reduce(jnp.logical_and, parts) if parts else None
 
 
@@ -166,7 +205,7 @@ def _num_blocks(s: int, t: int) -> int:
     return next((n for n in (4, 3, 2) if s % n == 0 and s // n >= CPU_BLOCK), 1)
 
 
-def _why_not_cudnn(q: jax.Array, segments, lengths, offset) -> str | None:
+def _why_not_cudnn(q: jax.Array, segments, offset, scores: _Scores) -> str | None:
     """What keeps cuDNN's fused attention from these inputs; None where it serves."""
     if not platform.is_nvidia():
         return f"needs an NVIDIA GPU and this is a {jax.default_backend()}"
@@ -180,6 +219,8 @@ def _why_not_cudnn(q: jax.Array, segments, lengths, offset) -> str | None:
         return f"needs heads of a multiple of 8 up to {limit} and these have {size}"
     if segments is not None and q.shape[1] % 2:
         return f"of packed rows needs an even length and this is {q.shape[1]}"
-    if lengths is not None or offset is not None:
+    if offset is not None:
         return "does not read a cache"
+    if scores.logit_cap is not None:
+        return f"has no cap of the scores and ATTEN_LOGIT_CAP is {scores.logit_cap}"
     return None

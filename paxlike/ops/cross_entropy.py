@@ -40,6 +40,7 @@ def linear_cross_entropy(
     *,
     chunk: int | None = None,
     z_loss: float = 0.0,
+    logit_cap: float | None = None,
 ) -> tuple[Float[Array, ""], CrossEntropy]:
     """Sum of `weights * (nll + z_loss * logsumexp^2)` where the logits are `x @ table.T`, and its parts.
 
@@ -49,10 +50,11 @@ def linear_cross_entropy(
       chunk: positions of a row whose logits exist at a time; `0` is the whole row, None chooses by the size of the
         logits on one device (256 MiB in float32; less on a CPU, see `_auto_chunk_bytes`).
       z_loss: coefficient of the squared log normaliser.
+      logit_cap: the logits are cap * tanh(x @ table.T / cap) (Gemma 2).
     """
     num_chunks, padding = _num_chunks(x.shape, table.shape[0], chunk)
     x, targets, weights = (_pad(a, padding) for a in (x, targets, weights))
-    return _chunked(x, table, targets, weights, num_chunks, float(z_loss))
+    return _chunked(x, table, targets, weights, num_chunks, float(z_loss), logit_cap)
 
 
 def token_cross_entropy(
@@ -61,6 +63,7 @@ def token_cross_entropy(
     targets: Int[Array, "b s"],
     *,
     chunk: int | None = None,
+    logit_cap: float | None = None,
 ) -> tuple[Float[Array, "b s"], Bool[Array, "b s"]]:
     """Per position: negative log-likelihood in nats, and whether the target is the argmax. For evaluation."""
     length = x.shape[1]
@@ -70,7 +73,7 @@ def token_cross_entropy(
 
     def one(piece):
         x, targets = piece
-        logits, log_normaliser = _logits(x, table)
+        logits, log_normaliser = _logits(x, table, logit_cap)
         at = _at(logits, targets)
         return log_normaliser - at, _is_argmax(logits, at, targets)
 
@@ -113,13 +116,13 @@ def _auto_chunk_bytes(table_bytes: int) -> int:
     return min(AUTO_CHUNK_BYTES, max(CPU_CHUNK_BYTES, table_bytes))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _chunked(x, table, targets, weights, num_chunks, z_loss):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _chunked(x, table, targets, weights, num_chunks, z_loss, logit_cap):
     """The value alone: what runs where nothing is differentiated."""
     table = _gather_table(table, x.dtype)
 
     def one(piece):
-        return _sums(*piece, table, z_loss)[0]
+        return _sums(*piece, table, z_loss, logit_cap)[0]
 
     pieces = [_split(a, num_chunks) for a in (x, targets, weights)]
     if num_chunks == 1:
@@ -129,13 +132,13 @@ def _chunked(x, table, targets, weights, num_chunks, z_loss):
     return parts.loss + z_loss * parts.z_loss, parts
 
 
-def _chunked_forward(x, table, targets, weights, num_chunks, z_loss):
+def _chunked_forward(x, table, targets, weights, num_chunks, z_loss, logit_cap):
     full = _gather_table(table, x.dtype)
     shards = _row_shards(x.shape[0])
 
     def one(gradient, piece):
         x, targets, weights = piece
-        parts, dlogits = _sums(x, targets, weights, full, z_loss, gradient=True)
+        parts, dlogits = _sums(x, targets, weights, full, z_loss, logit_cap, gradient=True)
         dx = _contract(dlogits, full, ((2,), (0,)))
         gradient = gradient + _table_gradient(dlogits, x, shards)
         return gradient, (parts, parallel.shard(dx.astype(x.dtype), "batch", "length", "act_embed"))
@@ -153,8 +156,8 @@ def _chunked_forward(x, table, targets, weights, num_chunks, z_loss):
     return (parts.loss + z_loss * parts.z_loss, parts), (dx, dtable, targets, weights)
 
 
-def _chunked_backward(num_chunks, z_loss, residuals, cotangents):
-    del num_chunks, z_loss
+def _chunked_backward(num_chunks, z_loss, logit_cap, residuals, cotangents):
+    del num_chunks, z_loss, logit_cap
     dx, dtable, targets, weights = residuals
     g = cotangents[0]
     zero = jnp.zeros(targets.shape, jax.dtypes.float0)
@@ -166,9 +169,9 @@ def _chunked_backward(num_chunks, z_loss, residuals, cotangents):
 _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
-def _sums(x, targets, weights, table, z_loss, gradient: bool = False):
+def _sums(x, targets, weights, table, z_loss, logit_cap, gradient: bool = False):
     """Weighted sums over one chunk and, if asked, the derivative with respect to its logits in the compute dtype."""
-    logits, log_normaliser = _logits(x, table)
+    logits, log_normaliser = _logits(x, table, logit_cap)
     at = _at(logits, targets)
     nll = log_normaliser - at
     parts = CrossEntropy(
@@ -183,11 +186,15 @@ def _sums(x, targets, weights, table, z_loss, gradient: bool = False):
     factor = weights * (1.0 + 2.0 * z_loss * log_normaliser)
     onehot = _onehot(targets, logits.shape[-1])
     dlogits = probabilities * factor[..., None] - jnp.where(onehot, weights[..., None], 0.0)
+    if logit_cap is not None:  # d cap tanh(l / cap) / dl
+        dlogits = dlogits * (1.0 - jnp.square(logits / logit_cap))
     return parts, parallel.shard(dlogits.astype(x.dtype), "batch", "length", "act_vocab")
 
 
-def _logits(x, table):
+def _logits(x, table, logit_cap):
     logits = _contract(x, table, ((2,), (1,)), preferred_element_type=jnp.float32)
+    if logit_cap is not None:
+        logits = logit_cap * jnp.tanh(logits / logit_cap)
     logits = parallel.shard(logits, "batch", "length", "act_vocab")
     return logits, jax.nn.logsumexp(logits, axis=-1)
 

@@ -1,6 +1,7 @@
 """Attention against a naive one in numpy, query by query; gradients against finite differences."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jax.test_util import check_grads
 from paxlike.ops import attention as ops
 
 B, S, H, K = 2, 7, 6, 8
+SEGMENTS = np.array([[1, 1, 1, 2, 2, 3, 0], [1, 2, 2, 2, 2, 0, 0]], np.int32)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 3, 6])
@@ -35,7 +37,7 @@ def test_scale():
 @pytest.mark.parametrize("causal", [True, False])
 def test_documents_do_not_see_each_other(causal):
     q, k, v = _qkv(kv_heads=3)
-    segments = np.array([[1, 1, 1, 2, 2, 3, 0], [1, 2, 2, 2, 2, 0, 0]], np.int32)
+    segments = SEGMENTS
     _compare(q, k, v, causal=causal, segments=segments)
 
     changed = attention(
@@ -47,22 +49,45 @@ def test_documents_do_not_see_each_other(causal):
     )
 
 
-def test_lengths_hide_the_rest_of_a_cache():
-    q, k, v = _qkv()
-    lengths = np.array([3, 5], np.int32)
-    _compare(q, k, v, causal=False, lengths=lengths)
-    _compare(q, k, v, causal=True, lengths=lengths)
+@pytest.mark.parametrize("window", [1, 3, S, S + 5])
+def test_window(window):
+    q, k, v = _qkv(kv_heads=3)
+    _compare(q, k, v, causal=True, window=window)
+    _compare(q, k, v, causal=True, window=window, segments=SEGMENTS)
 
 
-def test_rows_that_see_nothing_are_finite():
-    q, k, v = _qkv()
-    lengths = np.array([0, 2], np.int32)
+@pytest.mark.parametrize("window", [100, 128, 200, 511])
+def test_window_in_blocks_of_queries(window):
+    rng = np.random.default_rng(1)
+    q, k, v = (rng.standard_normal((1, 512, 2, 4)).astype(np.float32) for _ in range(3))
+    with ops.plain():
+        whole = attention(q, k, v, causal=True, window=window)
+    blocks = attention(q, k, v, causal=True, window=window)
+    np.testing.assert_allclose(blocks, whole, rtol=2e-5, atol=2e-6)
+    everything = attention(q, k, v, causal=True)
+    assert np.abs(np.asarray(everything) - np.asarray(blocks))[:, window:].max() > 1e-3
 
-    def loss(q, k, v):
-        return jnp.sum(attention(q, k, v, causal=False, lengths=lengths) ** 2)
 
-    for leaf in jax.tree.leaves(jax.value_and_grad(loss, argnums=(0, 1, 2))(q, k, v)):
-        assert np.isfinite(leaf).all()
+def test_logit_cap():
+    q, k, v = _qkv(std=3.0)
+    _compare(q, k, v, causal=True, logit_cap=2.0)
+    _compare(q, k, v, causal=False, logit_cap=2.0)
+    assert not np.allclose(
+        attention(q, k, v, causal=True), attention(q, k, v, causal=True, logit_cap=2.0), atol=1e-2
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"causal": False, "window": 3}, "a window of 3 needs causal attention"),
+        ({"causal": True, "window": 0}, "a window of 0 needs .* at least 1 key"),
+        ({"causal": True, "logit_cap": 0.0}, "a logit cap of 0.0 must be above 0"),
+    ],
+)
+def test_options_that_make_no_sense(options, message):
+    with pytest.raises(ValueError, match=message):
+        attention(*_qkv(), **options)
 
 
 def test_offset_places_the_queries_among_the_keys():
@@ -101,6 +126,21 @@ def test_bfloat16_rounds_only_inputs_weights_and_result():
     assert error.max() < 2**-7 * np.abs(wide[2]).max()
 
 
+@pytest.mark.parametrize("kv_heads", [2, H])
+def test_products_of_16_bits_stay_so_in_the_backward_pass(kv_heads):
+    q, k, v = (jnp.asarray(a, jnp.bfloat16) for a in _qkv(kv_heads=kv_heads))
+
+    def loss(q, k, v):
+        return jnp.sum(attention(q, k, v, causal=True).astype(jnp.float32) ** 2)
+
+    program = str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v))
+    lines = [line for line in program.splitlines() if "dot_general[" in line]
+    assert len(lines) == 6
+    types = dict(re.findall(r"(\w+):(bf16|f32)\[", program))
+    for operands in re.findall(r"dot_general\[.*?\] (\w+) (\w+)", program, re.DOTALL):
+        assert [types[name] for name in operands] == ["bf16", "bf16"]
+
+
 def test_unknown_implementation():
     q, k, v = _qkv()
     # A run that checks annotations refuses it before the function can.
@@ -126,7 +166,7 @@ def _compare(q, k, v, **kwargs):
     )
 
 
-def _naive(q, k, v, *, causal, segments=None, lengths=None, offset=None, scale=None):
+def _naive(q, k, v, *, causal, segments=None, offset=None, scale=None, window=None, logit_cap=None):
     b, s, h, size = q.shape
     t, g = k.shape[1], k.shape[2]
     scale = 1.0 / np.sqrt(size) if scale is None else scale
@@ -139,11 +179,13 @@ def _naive(q, k, v, *, causal, segments=None, lengths=None, offset=None, scale=N
             for key in range(t)
             if (not causal or key <= place)
             and (segments is None or segments[row, key] == segments[row, query])
-            and (lengths is None or key < lengths[row])
+            and (window is None or place - key < window)
         ]
         scores = np.array(
             [np.dot(q[row, query, head], k[row, key, group]) * scale for key in seen], np.float64
         )
+        if logit_cap is not None:
+            scores = logit_cap * np.tanh(scores / logit_cap)
         weights = np.exp(scores - scores.max())
         weights /= weights.sum()
         result[row, query, head] = sum(

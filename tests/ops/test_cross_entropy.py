@@ -43,6 +43,19 @@ def test_value_and_gradients_equal_the_textbook(example, chunk, z_loss):
 
 
 @pytest.mark.parametrize("chunk", [0, 4])
+def test_capped_logits(example, chunk):
+    total, parts, gradients = _run(example, chunk=chunk, z_loss=0.1, logit_cap=2.0)
+    expected, expected_parts, expected_gradients = _textbook(example, 0.1, logit_cap=2.0)
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
+    np.testing.assert_allclose(parts, expected_parts, rtol=1e-5)
+    for got, want in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    x, table, targets, weights = map(jnp.asarray, example)
+    nll, _ = token_cross_entropy(x, table, targets, chunk=chunk, logit_cap=2.0)
+    np.testing.assert_allclose(jnp.sum(nll * weights), expected_parts[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [0, 4])
 def test_value_without_differentiation_is_the_same(example, chunk):
     total, parts = linear_cross_entropy(*map(jnp.asarray, example), chunk=chunk, z_loss=0.1)
     expected, expected_parts, _ = _run(example, chunk=chunk, z_loss=0.1)
@@ -186,16 +199,16 @@ def test_the_gradient_of_the_table_is_reduced_after_the_loop(name):
         )
 
 
-def _run(example, *, chunk, z_loss=0.0):
+def _run(example, *, chunk, **options):
     """Total, parts, and the gradients of x and table."""
-    step = _step(chunk, z_loss).lower(*example).compile(IN_HASTE)
+    step = _step(chunk, **options).lower(*example).compile(IN_HASTE)
     (total, parts), gradients = step(*example)
     return total, parts, gradients
 
 
-def _step(chunk, z_loss):
+def _step(chunk, **options):
     def loss(x, table, targets, weights):
-        return linear_cross_entropy(x, table, targets, weights, chunk=chunk, z_loss=z_loss)
+        return linear_cross_entropy(x, table, targets, weights, chunk=chunk, **options)
 
     def step(x, table, targets, weights):
         result, (dx, dtable) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
@@ -207,7 +220,7 @@ def _step(chunk, z_loss):
 
 
 def _temporary_bytes(example, *, chunk):
-    return _step(chunk, 0.0).lower(*example).compile().memory_analysis().temp_size_in_bytes
+    return _step(chunk).lower(*example).compile().memory_analysis().temp_size_in_bytes
 
 
 def _example(b, s, d, v):
@@ -233,12 +246,16 @@ def _placed(example, mesh):
     )
 
 
-def _textbook(example, z_loss):
+def _textbook(example, z_loss, logit_cap=None):
     """Float64 numpy: total, (loss, z, correct), gradients by the formula of softmax cross-entropy."""
     x, table, targets, weights = (
         np.asarray(a, np.float64) if a.dtype.kind == "f" else a for a in example
     )
     logits = _logits(x, table)
+    slope = 1.0
+    if logit_cap is not None:
+        slope = 1.0 / np.cosh(logits / logit_cap) ** 2
+        logits = logit_cap * np.tanh(logits / logit_cap)
     lse = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
     nll = _nll(logits, targets)
     parts = np.array(
@@ -251,6 +268,7 @@ def _textbook(example, z_loss):
     softmax = np.exp(logits - lse[..., None])
     onehot = np.eye(table.shape[0])[targets]
     dlogits = weights[..., None] * ((softmax - onehot) + z_loss * 2 * lse[..., None] * softmax)
+    dlogits = slope * dlogits
     gradients = np.einsum("bsv,vd->bsd", dlogits, table), np.einsum("bsv,bsd->vd", dlogits, x)
     return parts[0] + z_loss * parts[1], parts, gradients
 
