@@ -13,12 +13,13 @@ from jaxtyping import Array, Float
 
 from paxlike import parallel
 from paxlike.layers.dropout import Dropout
-from paxlike.layers.linear import Initializer, Linear
+from paxlike.layers.projection import Projecting
 from paxlike.layers.sequence import Sequence
 from paxlike.ops import attention as ops
+from paxlike.ops.rope import Rope
 
 
-class Attention(nn.Module):
+class Attention(Projecting):
     """Self-attention: project to queries, keys and values, attend, project back.
 
     Attributes:
@@ -26,8 +27,13 @@ class Attention(nn.Module):
       num_kv_heads: key/value heads, None for as many as query heads.
       combine_qkv: one weight (d, 3, h, k) for the three projections; only where num_kv_heads equals num_heads.
       causal: a token sees itself and those before it.
-      implementation: backend of `ops.attention`.
+      window: keys that a query sees at most, itself and those just before it; None for all.
+      use_out_bias: a bias on the way back; None: as `use_bias`.
+      rope: turns queries and keys by their positions.
+      query_norm, key_norm: over the features of each head, before `rope` (Dehghani et al. 2023, section 2).
       query_scale: factor of the scores; None is 1/sqrt(head_dim).
+      logit_cap: bound of the scores, see `ops.attention`.
+      implementation: backend of `ops.attention`.
     """
 
     num_heads: int
@@ -35,70 +41,61 @@ class Attention(nn.Module):
     num_kv_heads: int | None = None
     combine_qkv: bool = True
     causal: bool = True
-    use_bias: bool = True
-    kernel_init: Initializer = nn.initializers.normal(0.02)
+    window: int | None = None
+    use_out_bias: bool | None = None
+    rope: Rope | None = None
+    query_norm: nn.Module | None = None
+    key_norm: nn.Module | None = None
+    query_scale: float | None = None
+    logit_cap: float | None = None
     dropout: float = 0.0
     implementation: ops.Implementation = "auto"
-    query_scale: float | None = None
-    dtype: str = "float32"
-    dot_general_cls: type | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "b s d"], sequence: Sequence) -> Float[Array, "b s d"]:
         q, k, v = self._project(x)
+        if self.query_norm is not None:
+            q = self.query_norm(q)
+        if self.key_norm is not None:
+            k = self.key_norm(k)
+        if self.rope is not None:
+            q, k = self.rope(q, sequence.positions), self.rope(k, sequence.positions)
         if sequence.cache_length:
             context = self._cached(q, k, v, sequence)
         else:
-            context = ops.attention(
-                q,
-                k,
-                v,
-                causal=self.causal,
-                segments=sequence.segments,
-                scale=self.query_scale,
-                implementation=self.implementation,
-            )
+            context = self._attend(q, k, v, segments=sequence.segments)
         context = parallel.shard(context, "batch", "length", "act_heads", None)
         context = checkpoint_name(context, "context")
-        y = self._linear(x.shape[-1], ("heads", "head_dim", "embed"), "out")(context)
+        axes = ("heads", "head_dim", "embed")
+        y = self.projection("out", x.shape[-1], axes, use_bias=self.use_out_bias)(context)
         y = checkpoint_name(parallel.shard(y, "batch", "length", "act_embed"), "out_proj")
         return Dropout(self.dropout, name="dropout")(y, train=sequence.train)
 
     def _project(self, x):
         h, g, size = self.num_heads, self.num_kv_heads or self.num_heads, self.head_dim
         if h % g:
-            raise ValueError(f"num_heads={h} is not a multiple of num_kv_heads={g}")
+            raise ValueError(f"NUM_HEADS={h} is not a multiple of NUM_KV_HEADS={g}")
         if self.combine_qkv and g == h:
-            qkv = self._linear((3, h, size), ("embed", None, "heads", "head_dim"), "qkv")(x)
-            qkv = checkpoint_name(
-                parallel.shard(qkv, "batch", "length", None, "act_heads", None), "combined_qkv_proj"
-            )
+            qkv = self.projection("qkv", (3, h, size), ("embed", None, "heads", "head_dim"))(x)
+            qkv = parallel.shard(qkv, "batch", "length", None, "act_heads", None)
+            qkv = checkpoint_name(qkv, "combined_qkv_proj")
             return qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        names = {"query": (h, "heads"), "key": (g, "kv_heads"), "value": (g, "kv_heads")}
-        return tuple(
-            checkpoint_name(
-                parallel.shard(
-                    self._linear((heads, size), ("embed", axis, "head_dim"), name)(x),
-                    "batch",
-                    "length",
-                    "act_heads",
-                    None,
-                ),
-                f"{name}_proj",
-            )
-            for name, (heads, axis) in names.items()
+
+        def project(name, heads, axis):
+            y = self.projection(name, (heads, size), ("embed", axis, "head_dim"))(x)
+            y = parallel.shard(y, "batch", "length", "act_heads", None)
+            return checkpoint_name(y, f"{name}_proj")
+
+        return (
+            project("query", h, "heads"),
+            project("key", g, "kv_heads"),
+            project("value", g, "kv_heads"),
         )
 
-    def _linear(self, features, axes, name) -> Linear:
-        return Linear(
-            features=features,
-            axes=axes,
-            use_bias=self.use_bias,
-            kernel_init=self.kernel_init,
-            dtype=self.dtype,
-            dot_general_cls=self.dot_general_cls,
-            name=name,
-        )
+    def _attend(self, q, k, v, **options):
+        options = {"causal": self.causal, "implementation": self.implementation, **options}
+        scores = {"scale": self.query_scale, "window": self.window, "logit_cap": self.logit_cap}
+        return ops.attention(q, k, v, **scores, **options)
 
     def _cached(self, q, k, v, sequence: Sequence):
         """Writes keys and values behind those already cached, row by row, and attends to all that are there."""
@@ -109,19 +106,10 @@ class Attention(nn.Module):
         keys.value = _write(keys.value, k, sequence)
         values.value = _write(values.value, v, sequence)
         if sequence.offset is None:  # nothing was cached before: the rows see themselves only
-            return ops.attention(
-                q, k, v, causal=True, scale=self.query_scale, implementation=self.implementation
-            )
+            return self._attend(q, k, v, causal=True)
         # Causality against absolute positions hides what lies beyond each row's own length: it was written by padding.
-        return ops.attention(
-            q,
-            _read(keys.value, sequence),
-            _read(values.value, sequence),
-            causal=True,
-            offset=sequence.offset,
-            scale=self.query_scale,
-            implementation="xla",
-        )
+        k, v = _read(keys.value, sequence), _read(values.value, sequence)
+        return self._attend(q, k, v, causal=True, offset=sequence.offset, implementation="xla")
 
 
 def _write(cache: jax.Array, new: jax.Array, sequence: Sequence) -> jax.Array:

@@ -16,17 +16,22 @@ class Block(nn.Module):
     Attributes:
       mixer, ffn: modules called with `(x, sequence)`.
       mixer_norm, ffn_norm: modules called with `x`.
+      mixer_post_norm, ffn_post_norm: of what comes out of each half, before it is added (Gemma 2).
     """
 
     mixer: nn.Module
     ffn: nn.Module
     mixer_norm: nn.Module
     ffn_norm: nn.Module
+    mixer_post_norm: nn.Module | None = None
+    ffn_post_norm: nn.Module | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "b s d"], sequence: Sequence) -> Float[Array, "b s d"]:
-        x = x + self.mixer(self.mixer_norm(x), sequence)
-        x = x + self.ffn(self.ffn_norm(x), sequence)
+        y = self.mixer(self.mixer_norm(x), sequence)
+        x = x + (y if self.mixer_post_norm is None else self.mixer_post_norm(y))
+        y = self.ffn(self.ffn_norm(x), sequence)
+        x = x + (y if self.ffn_post_norm is None else self.ffn_post_norm(y))
         return checkpoint_name(
             parallel.shard(x, "batch", "length", "act_embed"), "transformer_layer_out"
         )

@@ -22,12 +22,14 @@ class Embedding(nn.Module):
     Attributes:
       vocab_size, features: shape of the table.
       lookup: `index` gathers rows; `matmul` multiplies with a one-hot matrix (Pax's choice, for TPUs).
+      scale: factor of the vectors that are looked up, not of the logits (Gemma: the square root of the width).
     """
 
     vocab_size: int
     features: int
     table_init: Initializer = nn.initializers.normal(0.02)
     lookup: Lookup = "index"
+    scale: float | None = None
     dtype: str = "float32"
 
     def setup(self):
@@ -37,6 +39,11 @@ class Embedding(nn.Module):
     def __call__(self, tokens: Int[Array, "b s"]) -> Float[Array, "b s d"]:
         if self.lookup not in ("index", "matmul"):
             raise ValueError(f"EMBEDDING_LOOKUP_STYLE='{self.lookup}' is none of index, matmul")
+        vectors = self._look_up(tokens)
+        # The factor is rounded to the compute dtype, as in the models that have one.
+        return vectors if self.scale is None else vectors * jnp.asarray(self.scale, self.dtype)
+
+    def _look_up(self, tokens):
         if self.lookup == "matmul":
             table = parallel.shard(self.table.astype(self.dtype), "vocab", None)
             onehot = jax.nn.one_hot(tokens, self.vocab_size, dtype=self.dtype)

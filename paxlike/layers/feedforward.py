@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from paxlike import parallel
 from paxlike.layers.dropout import Dropout
-from paxlike.layers.linear import Initializer, Linear
+from paxlike.layers.projection import Projecting
 from paxlike.layers.sequence import Sequence
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -23,23 +23,19 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-class FeedForward(nn.Module):
+class FeedForward(Projecting):
     """activation(x W1 + b1) W2 + b2, or with a gate (activation(x Wg) * (x W1)) W2.
 
     Attributes:
       hidden: width between the two layers.
       activation: one of `ACTIVATIONS`; `gelu` is the tanh approximation of GPT.
-      gated: multiply with a second projection.
+      gated: multiply with a second projection; with `silu` this is SwiGLU.
     """
 
     hidden: int
     activation: str = "gelu"
     gated: bool = False
-    use_bias: bool = True
-    kernel_init: Initializer = nn.initializers.normal(0.02)
     dropout: float = 0.0
-    dtype: str = "float32"
-    dot_general_cls: type | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "b s d"], sequence: Sequence) -> Float[Array, "b s d"]:
@@ -53,23 +49,12 @@ class FeedForward(nn.Module):
             hidden = activation(self._in("gate", "ffn1_gate")(x)) * hidden
         else:
             hidden = activation(hidden)
-        y = self._linear(x.shape[-1], ("mlp", "embed"), "ffn2")(hidden)
+        y = self.projection("ffn2", x.shape[-1], ("mlp", "embed"))(hidden)
         y = checkpoint_name(parallel.shard(y, "batch", "length", "act_embed"), "ffn2")
         return Dropout(self.dropout, name="dropout")(y, train=sequence.train)
 
     def _in(self, name: str, saved_as: str):
-        linear = self._linear(self.hidden, ("embed", "mlp"), name)
+        linear = self.projection(name, self.hidden, ("embed", "mlp"))
         return lambda x: checkpoint_name(
             parallel.shard(linear(x), "batch", "length", "act_mlp"), saved_as
-        )
-
-    def _linear(self, features, axes, name) -> Linear:
-        return Linear(
-            features=features,
-            axes=axes,
-            use_bias=self.use_bias,
-            kernel_init=self.kernel_init,
-            dtype=self.dtype,
-            dot_general_cls=self.dot_general_cls,
-            name=name,
         )

@@ -34,14 +34,20 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + epsilon) * scale, the gain stored as it is and started at 1."""
+    """x / sqrt(mean(x^2) + epsilon) * scale.
+
+    Attributes:
+      zero_centered: the gain is stored as its distance from 1 and starts at 0 (Gemma), not as it is.
+    """
 
     epsilon: float = 1e-6
+    zero_centered: bool = False
     dtype: str = "float32"
 
     @nn.compact
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-        scale = _vector(self, "scale", nn.initializers.ones, x)
+        init = nn.initializers.zeros if self.zero_centered else nn.initializers.ones
+        scale = _vector(self, "scale", init, x) + (1.0 if self.zero_centered else 0.0)
         wide = x.astype(jnp.float32)
         y = (
             wide

@@ -22,18 +22,24 @@ from paxlike.layers.sequence import Sequence
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """Hidden states (b, s, d) behind the last norm, and the (v, d) table of the output layer."""
+    """Hidden states (b, s, d) behind the last norm, and the (v, d) table of the output layer.
+
+    With a `logit_cap` the logits are cap * tanh(hidden @ table.T / cap).
+    """
 
     hidden: Float[Array, "b s d"]
     table: Float[Array, "v d"]
+    logit_cap: float | None = dataclasses.field(default=None, metadata={"static": True})
 
     def logits(self) -> Float[Array, "b s v"]:
-        """hidden @ table.T in float32, for all positions."""
+        """The logits in float32, for all positions."""
         dimensions = (((2,), (1,)), ((), ()))
         table = self.table.astype(self.hidden.dtype)
         logits = jax.lax.dot_general(
             self.hidden, table, dimensions, preferred_element_type=jnp.float32
         )
+        if self.logit_cap is not None:
+            logits = self.logit_cap * jnp.tanh(logits / self.logit_cap)
         return parallel.shard(logits, "batch", "length", "act_vocab")
 
 
@@ -45,6 +51,7 @@ class Decoder(nn.Module):
       position: module called with `(x, positions)`, or None where the blocks know positions themselves.
       head: an `Embedding` of its own for the output layer (untied weights).
       embedding_dropout: on the sum of token and position.
+      logit_cap: bound of the logits (Gemma 2), None for none.
     """
 
     embedding: Embedding
@@ -53,6 +60,7 @@ class Decoder(nn.Module):
     position: nn.Module | None = None
     head: Embedding | None = None
     embedding_dropout: float = 0.0
+    logit_cap: float | None = None
 
     def setup(self):
         self.dropout = Dropout(self.embedding_dropout)
@@ -88,4 +96,5 @@ class Decoder(nn.Module):
         x = parallel.shard(self.dropout(x, train=train), "batch", "length", "act_embed")
         x = self.norm(self.stack(x, sequence))
         head = self.embedding if self.head is None else self.head
-        return Output(parallel.shard(x, "batch", "length", "act_embed"), head.table)
+        x = parallel.shard(x, "batch", "length", "act_embed")
+        return Output(x, head.table, self.logit_cap)
