@@ -2,8 +2,9 @@
 
 import argparse
 
+from paxlike.data.open_tokenizer import open_tokenizer
 from paxlike.data.sources import DocumentSource, JsonLines, TextFiles, TfdsSource
-from paxlike.data.tokenizers import ByteTokenizer, SentencePieceTokenizer, Tokenizer
+from paxlike.data.tokenizers import ByteTokenizer, Tokenizer
 
 _JSON_ENDINGS = tuple(
     f".{kind}{ending}" for kind in ("jsonl", "json") for ending in ("", ".gz", ".zst")
@@ -37,4 +38,4 @@ def source_from_flags(flags: argparse.Namespace) -> DocumentSource:
 
 
 def tokenizer_from_flag(value: str, eos_id: int | None = None) -> Tokenizer:
-    return ByteTokenizer() if value == "bytes" else SentencePieceTokenizer(value, eos_id=eos_id)
+    return ByteTokenizer() if value == "bytes" else open_tokenizer(value, eos_id=eos_id)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from paxlike.data.packing import Batch, Packing, Rows
+from paxlike.data.packing import WHOLE_ANSWER, Batch, Packing, Rows
 from paxlike.data.sources import DocumentSource
 from paxlike.data.tokenizers import Tokenizer
 
@@ -29,6 +29,8 @@ class Lambada:
 
     passages: DocumentSource
 
+    columns = (WHOLE_ANSWER,)
+
     def check(self, *, tokenizer: Tokenizer | None, seq_len: int, packing: Packing) -> None:
         """Raises ValueError where rows of passages cannot have this form."""
         if tokenizer is None:
@@ -43,6 +45,11 @@ class Lambada:
                 "must be "
                 f"at least {MAX_TARGET_TOKENS + 1}"
             )
+
+    def check_data(self, *, tokenizer: Tokenizer) -> None:
+        """Raises ValueError where the data is not there."""
+        del tokenizer
+        self.passages.parts()
 
     def rows(self, *, tokenizer: Tokenizer, seq_len: int, packing: Packing) -> Rows:
         passages = [
@@ -94,4 +101,5 @@ class _LambadaRows:
             targets[row, : len(ids)] = ids
             tokens[row, : len(ids)] = [self._bos_id, *ids[:-1]]
             weights[row, len(context) : len(ids)] = 1
-        return {"tokens": tokens, "targets": targets, "weights": weights}
+        whole = np.ones(len(indices), np.float32)
+        return {"tokens": tokens, "targets": targets, "weights": weights, WHOLE_ANSWER.name: whole}

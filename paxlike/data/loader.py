@@ -22,7 +22,7 @@ from jax.sharding import Sharding
 from paxlike.data import token_cache
 from paxlike.data.batch_iterator import BatchIterator
 from paxlike.data.mixtures import MixedRows, Mixture, component_seed, training_order
-from paxlike.data.packing import PACKINGS, Batch, Packing, Rows, StreamRows
+from paxlike.data.packing import PACKINGS, Batch, Column, Packing, Rows, StreamRows
 from paxlike.data.placement import Placement, Spec, check_batch
 from paxlike.data.sources import DocumentSource
 from paxlike.data.tokenizers import Tokenizer
@@ -30,7 +30,11 @@ from paxlike.data.tokenizers import Tokenizer
 
 @runtime_checkable
 class RowSource(Protocol):
-    """A source that makes rows itself, without the token cache."""
+    """A source that makes rows itself, without the token cache.
+
+    It may have `columns`, arrays of its own for evaluation (see `Column`), and
+    `check_data(tokenizer=...)`, which raises ValueError where its data is not there.
+    """
 
     def check(self, *, tokenizer: Tokenizer | None, seq_len: int, packing: Packing) -> None:
         """Raises ValueError where it cannot make such rows; reads nothing."""
@@ -82,8 +86,9 @@ class Loader:
     def check(self) -> None:
         """Raises a one-line ValueError where the data is not there; reads no document."""
         for source in self._sources:
-            source = getattr(source, "passages", source)
-            if isinstance(source, DocumentSource):
+            if hasattr(source, "check_data"):
+                source.check_data(tokenizer=self.tokenizer)
+            elif isinstance(source, DocumentSource):
                 source.parts()
 
     def spec(self, global_batch: int, *, evaluation: bool = False) -> Spec:
@@ -100,6 +105,9 @@ class Loader:
         if evaluation:
             spec["example_weight"] = jax.ShapeDtypeStruct(shape[:1], np.float32)
             spec["num_bytes"] = jax.ShapeDtypeStruct(shape[:1], np.float32)
+            for column in self._columns:
+                its_shape = shape if column.per_token else shape[:1]
+                spec[column.name] = jax.ShapeDtypeStruct(its_shape, column.dtype)
         return spec
 
     def batches(
@@ -115,11 +123,13 @@ class Loader:
         `sharding` is that of the (b, s) arrays; None gives numpy arrays of all rows.
         """
         check_batch(global_batch, sharding)
-        place = Placement(self.spec(global_batch), sharding)
+        spec = self.spec(global_batch)
+        place = Placement(spec, sharding)
         rows, order = self._rows, self._order
 
         def make(step: int) -> dict[str, Any]:
-            return place.put(rows.gather(order(step * global_batch + place.rows)))
+            found = rows.gather(order(step * global_batch + place.rows))
+            return place.put({key: found[key] for key in spec})
 
         return BatchIterator(make, start=start_step, prefetch=prefetch)
 
@@ -135,19 +145,20 @@ class Loader:
         spec = self.spec(global_batch, evaluation=True)
         place = Placement(spec, sharding)
         rows, total = self._rows, self.num_examples()
+        fills = {column.name: column.fill for column in self._columns}
         byte_counts = np.zeros(1) if self.tokenizer is None else self.tokenizer.bytes_per_token()
 
         def make(step: int) -> dict[str, Any]:
             wanted = step * global_batch + place.rows
             real = wanted < total
             batch = {
-                key: np.zeros((len(wanted), *value.shape[1:]), value.dtype)
+                key: np.full((len(wanted), *value.shape[1:]), fills.get(key, 0), value.dtype)
                 for key, value in spec.items()
             }
             if real.any():
                 found = rows.gather(rows.in_sequence(wanted[real]))
-                for key, value in found.items():
-                    batch[key][real] = value
+                for key in found.keys() & spec.keys():
+                    batch[key][real] = found[key]
                 batch["num_bytes"][real] = _scored_bytes(found, byte_counts)
             batch["example_weight"][real] = 1
             return place.put(batch)
@@ -175,6 +186,8 @@ class Loader:
                 facts["sources"].append(
                     {"tokens": stream.digest, "documents": [stream.first, stream.last]}
                 )
+            elif hasattr(rows, "digest"):
+                facts["sources"].append({"rows": rows.digest()})
             else:
                 facts["sources"].append(source.fingerprint())
         if self.tokenizer is not None:
@@ -206,9 +219,18 @@ class Loader:
             return list(self.source.seeds)
         return [component_seed(self.seed, number) for number in range(len(self._sources))]
 
+    @property
+    def _columns(self) -> list[Column]:
+        """Arrays that the sources have in evaluation beside the usual ones."""
+        if self.packing == "packed":
+            return []
+        found = [column for source in self._sources for column in getattr(source, "columns", ())]
+        return list(dict.fromkeys(found))
+
     @functools.cached_property
     def _rows(self) -> MixedRows:
-        return MixedRows([self._open(source) for source in self._sources])
+        fills = {column.name: column.fill for column in self._columns}
+        return MixedRows([self._open(source) for source in self._sources], fills)
 
     @functools.cached_property
     def _order(self):

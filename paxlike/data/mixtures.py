@@ -8,7 +8,7 @@ Grain holds the arithmetic, all of it random access: no state, and step 10**6 is
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -52,9 +52,13 @@ class Mixture:
 
 @dataclasses.dataclass(frozen=True)
 class MixedRows:
-    """Rows of several data sets, numbered by (data set, row)."""
+    """Rows of several data sets, numbered by (data set, row).
+
+    `fills` are values of arrays that only some of the data sets have.
+    """
 
     parts: Sequence[Rows]
+    fills: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return sum(map(len, self.parts))
@@ -69,7 +73,8 @@ class MixedRows:
             if len(mine):
                 for key, value in rows.gather(where[mine, 1]).items():
                     if key not in batch:
-                        batch[key] = np.empty((len(where), *value.shape[1:]), value.dtype)
+                        shape = (len(where), *value.shape[1:])
+                        batch[key] = np.full(shape, self.fills.get(key, 0), value.dtype)
                     batch[key][mine] = value
         return batch
 

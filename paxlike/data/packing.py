@@ -25,6 +25,25 @@ Packing = Literal["packed", "concatenated", "documents"]
 PACKINGS = ("packed", "concatenated", "documents")
 
 
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """An array that rows of some sources have in evaluation beside the usual ones.
+
+    `fill` stands where a row has nothing to say: rows of other sources, and those that fill a batch.
+    """
+
+    name: str
+    dtype: type
+    per_token: bool
+    fill: float
+
+
+# 1 for rows whose scored tokens are one answer, that is right if all of them are (`acc_strict`).
+WHOLE_ANSWER = Column("whole_answer", np.float32, per_token=False, fill=0)
+# The id that a target is compared with, where there are two answers to choose from (`boolq_acc`).
+ALTERNATIVES = Column("alternatives", np.int32, per_token=True, fill=-1)
+
+
 class Rows(Protocol):
     """A finite list of rows."""
 

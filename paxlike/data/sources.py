@@ -60,10 +60,10 @@ class TextFiles:
         return "text"
 
     def parts(self) -> list[Part]:
-        return _group([os.path.getsize(path) for path in _files(self.paths)], self.part_bytes)
+        return _group([os.path.getsize(path) for path in list_files(self.paths)], self.part_bytes)
 
     def read(self, part: Part) -> Iterator[str]:
-        for path in _files(self.paths)[part.start : part.stop]:
+        for path in list_files(self.paths)[part.start : part.stop]:
             with open_maybe_compressed(path) as file:
                 yield file.read().decode("utf-8", "replace")
 
@@ -107,7 +107,7 @@ class JsonLines:
     def _units(self) -> list[tuple[str, int, int]]:
         """(path, first byte, last byte) of pieces of files."""
         units = []
-        for path in _files(self.paths):
+        for path in list_files(self.paths):
             size = os.path.getsize(path)
             # The size of a piece does not depend on the other files: it is part of the order.
             step = size if _is_compressed(path) else max(self.part_bytes, -(-size // _MAX_PARTS))
@@ -267,7 +267,7 @@ def _tfds_folder(data_dir: str, name: str) -> str:
     return os.path.dirname(candidates[-1])
 
 
-def _files(paths: str) -> list[str]:
+def list_files(paths: str) -> list[str]:
     """The files that comma-separated glob patterns name, sorted within each pattern."""
     files = []
     for pattern in paths.split(","):
@@ -291,7 +291,7 @@ def _what_is_there(pattern: str) -> str:
 
 def _facts(paths: str) -> list[list[Any]]:
     """Name, size and time of each file."""
-    files = _files(paths)
+    files = list_files(paths)
     return [[os.path.basename(p), os.path.getsize(p), os.stat(p).st_mtime_ns] for p in files]
 
 

@@ -9,7 +9,6 @@ SentencePiece: Kudo and Richardson, 2018, https://arxiv.org/abs/1808.06226.
 
 import dataclasses
 import functools
-import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +17,13 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import sentencepiece
 from jaxtyping import Int
+
+from paxlike.data.tokenizer_files import (
+    check_special_ids,
+    file_digest,
+    file_key,
+    template_beside,
+)
 
 _WORD_BOUNDARY = "\u2581"  # SentencePiece writes a space as this character
 
@@ -40,10 +46,31 @@ class Tokenizer(Protocol):
     @property
     def pad_id(self) -> int: ...
 
+    @property
+    def begin_ids(self) -> list[int]:
+        """What is fed before a prompt: bos, or nothing where there is none."""
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer; eos is the first."""
+
+    @property
+    def chat_template(self) -> str | None:
+        """Jinja source of the tokenizer's own chat template."""
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without any special id."""
 
     def encode_batch(self, texts: Sequence[str], *, num_threads: int = 1) -> list[list[int]]: ...
+
+    def encode_template(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts in which the names of special tokens stand for those tokens."""
+
+    def token(self, token_id: int) -> str:
+        """How the token of an id is written in a template."""
+
+    def special_tokens(self) -> dict[str, int]:
+        """Ids of the tokens that `encode_template` knows by name."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; special ids, and ids outside the vocabulary, are nothing."""
@@ -96,11 +123,41 @@ class SentencePieceTokenizer:
     def pad_id(self) -> int:
         return max(self._model.pad_id(), 0)
 
+    @property
+    def begin_ids(self) -> list[int]:
+        return [self.bos_id]
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        return (self.eos_id,)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template in a tokenizer_config.json or chat_template.jinja beside the file, if any."""
+        return template_beside(self.path)
+
+    def check(self) -> None:
+        """Raises ValueError where a given id contradicts the model's own."""
+        model = self._model
+        check_special_ids(self.path, "BOS_ID", self._bos_id, (model.bos_id(),))
+        check_special_ids(self.path, "EOS_ID", self._eos_id, (model.eos_id(),))
+
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text)
 
     def encode_batch(self, texts: Sequence[str], *, num_threads: int = 1) -> list[list[int]]:
         return self._model.encode(list(texts), num_threads=num_threads)
+
+    def encode_template(self, texts: Sequence[str]) -> list[list[int]]:
+        return _encode_named(self, texts)
+
+    def token(self, token_id: int) -> str:
+        return self._model.id_to_piece(token_id)
+
+    def special_tokens(self) -> dict[str, int]:
+        model = self._model
+        ids = [i for i in range(min(model.get_piece_size(), 1024)) if model.is_control(i)]
+        return {model.id_to_piece(i): i for i in [*ids, self.bos_id, self.eos_id]}
 
     def decode(self, ids: Iterable[int]) -> str:
         # A softmax is often padded to a multiple of 64, so a model can sample ids without a piece.
@@ -117,11 +174,11 @@ class SentencePieceTokenizer:
         return _piece_bytes(self._model).copy()
 
     def digest(self) -> str:
-        return _file_digest(*_file_key(self.path))
+        return file_digest(*file_key(self.path))
 
     @property
     def _model(self) -> sentencepiece.SentencePieceProcessor:
-        return _load_model(*_file_key(self.path))
+        return _load_model(*file_key(self.path))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,12 +194,33 @@ class ByteTokenizer:
     eos_id: int = dataclasses.field(default=1, init=False)
     pad_id: int = dataclasses.field(default=0, init=False)
 
+    @property
+    def begin_ids(self) -> list[int]:
+        return [self.bos_id]
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        return (self.eos_id,)
+
+    @property
+    def chat_template(self) -> str | None:
+        return None
+
     def encode(self, text: str) -> list[int]:
         return [byte + 2 for byte in text.encode("utf-8", "surrogatepass")]
 
     def encode_batch(self, texts: Sequence[str], *, num_threads: int = 1) -> list[list[int]]:
         del num_threads  # pure Python: threads would not run at the same time
         return [self.encode(text) for text in texts]
+
+    def encode_template(self, texts: Sequence[str]) -> list[list[int]]:
+        return _encode_named(self, texts)
+
+    def token(self, token_id: int) -> str:
+        return ("<s>", "</s>")[token_id] if token_id < 2 else chr(token_id - 2)
+
+    def special_tokens(self) -> dict[str, int]:
+        return {"<s>": self.bos_id, "</s>": self.eos_id}
 
     def decode(self, ids: Iterable[int]) -> str:
         data = bytes(i - 2 for i in map(int, ids) if 2 <= i < self.vocab_size)
@@ -158,7 +236,10 @@ class ByteTokenizer:
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raises ValueError where the tokenizer makes ids that the model does not have."""
+    """Raises ValueError where the tokenizer makes ids that the model does not have.
+
+    So it does where BOS_ID or EOS_ID is given and is not the tokenizer's.
+    """
     special = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
     needed = max(tokenizer.vocab_size, *(i + 1 for i in special.values()))
     if needed > vocab_size:
@@ -169,6 +250,9 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
     wrong = {name: i for name, i in special.items() if i < 0}
     if wrong:
         raise ValueError(f"the tokenizer {_name(tokenizer)} has negative special ids: {wrong}")
+    check = getattr(tokenizer, "check", None)
+    if check is not None:
+        check()
 
 
 def train_sentencepiece(
@@ -243,21 +327,17 @@ def _training_error(message: str, vocab_size: int) -> str:
     )
 
 
-def _file_key(path: str) -> tuple[str, int, int]:
-    """Path, size and time: a file that was replaced is read again."""
-    if not path:
-        raise ValueError(
-            "there is no tokenizer: set VOCAB_PATH to a SentencePiece model "
-            "(python -m paxlike.data.train_tokenizer makes one)"
-        )
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        raise ValueError(
-            f"no SentencePiece model at {path!r} ({error.strerror}): set VOCAB_PATH to a local "
-            "file, or train one with python -m paxlike.data.train_tokenizer"
-        ) from None
-    return path, status.st_size, status.st_mtime_ns
+def _encode_named(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Texts cut at the names of special tokens; what stands between is encoded on its own."""
+    names = tokenizer.special_tokens()
+    longest_first = sorted(names, key=len, reverse=True)
+    pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+    found = []
+    for text in texts:
+        pieces = [piece for piece in pattern.split(text) if piece]
+        ids = [[names[p]] if p in names else tokenizer.encode(p) for p in pieces]
+        found.append([number for piece in ids for number in piece])
+    return found
 
 
 @functools.lru_cache(maxsize=8)
@@ -267,13 +347,6 @@ def _load_model(path: str, size: int, mtime: int) -> sentencepiece.SentencePiece
         return sentencepiece.SentencePieceProcessor(model_file=path)
     except (RuntimeError, OSError):
         raise ValueError(f"{path!r} is not a SentencePiece model: set VOCAB_PATH to one") from None
-
-
-@functools.lru_cache(maxsize=8)
-def _file_digest(path: str, size: int, mtime: int) -> str:
-    del size, mtime
-    with open(path, "rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()[:16]
 
 
 @functools.lru_cache(maxsize=8)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from paxlike.log.metric import Metric
 from paxlike.ops import attention, cross_entropy
+from paxlike.tasks import choice
 from paxlike.tasks.task import Batch, Loss, Metrics, Variables
 
 
@@ -54,6 +55,7 @@ class CausalLanguage:
             batch["weights"],
             chunk=self.chunk,
             z_loss=self.z_loss,
+            logit_cap=output.logit_cap,
         )
         weight = self.weight(batch)
         metrics = {
@@ -66,26 +68,36 @@ class CausalLanguage:
         return Loss(total, metrics, collections)
 
     def evaluate(self, model: nn.Module, variables: Variables, batch: Batch) -> Metrics:
-        """Loss and log-perplexity (nats per token), accuracy, bits per byte, and strict accuracy of whole rows.
+        """Loss and log-perplexity (nats per token), accuracy, bits per byte, and the measures of data sets that ask.
 
-        `acc_strict` counts a row if every scored token is the argmax over the vocabulary (LAMBADA's measure).
+        Rows that are one `whole_answer` have `acc_strict`: an answer is right if every scored token is the argmax
+        over the vocabulary (LAMBADA). Those with `alternatives` have `boolq_acc`, see `two_way_accuracy`.
         """
         output = model.apply(variables, batch["tokens"], **_layout(batch))
         nll, correct = cross_entropy.token_cross_entropy(
-            output.hidden, output.table, batch["targets"], chunk=self.chunk
+            output.hidden,
+            output.table,
+            batch["targets"],
+            chunk=self.chunk,
+            logit_cap=output.logit_cap,
         )
         weights = batch["weights"]
         rows = batch.get("example_weight", jnp.ones(weights.shape[:1]))
         weights = weights * rows[:, None]
         total, weight = jnp.sum(nll * weights), jnp.sum(weights)
-        strict = jnp.all(correct | (weights == 0), axis=-1)
-        scored = rows * jnp.any(weights > 0, axis=-1)
         metrics = {
             "loss": Metric(total, weight),
             "log_pplx": Metric(total, weight),
             "accuracy": Metric(jnp.sum(correct * weights), weight),
-            "acc_strict": Metric(jnp.sum(strict * scored), jnp.sum(scored)),
         }
+        if "whole_answer" in batch:
+            strict = jnp.all(correct | (weights == 0), axis=-1)
+            scored = rows * batch["whole_answer"] * jnp.any(weights > 0, axis=-1)
+            metrics["acc_strict"] = Metric(jnp.sum(strict * scored), jnp.sum(scored))
+        if "alternatives" in batch:
+            metrics["boolq_acc"] = choice.two_way_accuracy(
+                output.hidden, output.table, batch["targets"], batch["alternatives"], rows
+            )
         if "num_bytes" in batch:
             metrics["bits_per_byte"] = Metric(
                 total / math.log(2.0), jnp.sum(batch["num_bytes"] * rows)

@@ -58,7 +58,10 @@ def test_rows_by_hand(passages):
     assert batch["tokens"][2, :5].tolist() == [0, *ids(" wor")]
     # A long context keeps its end: 96 - 64 = 32 ids.
     assert batch["targets"][3, :36].tolist() == ids("x" * 32 + " end")
-    assert set(batch) == {"tokens", "targets", "weights", "example_weight", "num_bytes"}
+    usual = {"tokens", "targets", "weights", "example_weight", "num_bytes"}
+    assert set(batch) == usual | {"whole_answer"}
+    assert batch["whole_answer"].tolist() == [1, 1, 1, 1]
+    assert set(next(loader.batches(global_batch=2))) == {"tokens", "targets", "weights"}
 
 
 def test_target_of_more_than_64_ids_is_cut(tmp_path):

@@ -16,13 +16,14 @@ class Table(nn.Module):
     """A model whose logits of each position are given: hidden states are rows of the identity."""
 
     logits: tuple
+    cap: float | None = None
 
     @nn.compact
     def __call__(self, tokens, *, train=False, positions=None, segments=None):
         logits = jnp.array(self.logits)
         b, s, v = logits.shape
         hidden = jax.nn.one_hot(jnp.arange(b * s), b * s).reshape(b, s, b * s)
-        return Output(hidden, logits.reshape(b * s, v).T)
+        return Output(hidden, logits.reshape(b * s, v).T, self.cap)
 
 
 def log_softmax(x):
@@ -61,9 +62,30 @@ def test_evaluation_counts_whole_rows_real_tokens_and_bytes(model, chunk):
     assert metrics["loss"].value() == pytest.approx(nll / 4, rel=1e-6)
     assert metrics["log_pplx"].value() == pytest.approx(nll / 4, rel=1e-6)
     assert metrics["accuracy"].value() == pytest.approx(3 / 4)
-    assert metrics["acc_strict"].value() == pytest.approx(1 / 2)
-    assert float(metrics["acc_strict"].weight) == 2, "the row that fills the batch is no example"
+    assert "acc_strict" not in metrics, "rows of running text are no answers"
+    assert "boolq_acc" not in metrics
     assert metrics["bits_per_byte"].value() == pytest.approx(nll / math.log(2) / 11, rel=1e-6)
+
+
+def test_a_cap_of_the_logits_is_part_of_the_loss():
+    capped = Table(tuple(tuple(map(tuple, row)) for row in LOGITS.tolist()), cap=3.0)
+    batch = {k: jnp.array(BATCH[k]) for k in ("tokens", "targets", "weights")}
+    logp = log_softmax(3 * np.tanh(LOGITS / 3))
+    nll = -np.take_along_axis(logp, BATCH["targets"][..., None], -1)[..., 0]
+    expected = (BATCH["weights"] * nll).sum()
+    task = CausalLanguage()
+    assert float(task.loss(capped, {}, batch, {}).objective) == pytest.approx(expected, rel=1e-5)
+    assert float(task.evaluate(capped, {}, batch)["loss"].sum) == pytest.approx(expected, rel=1e-5)
+
+
+def test_strict_accuracy_is_of_rows_that_are_one_answer(model):
+    batch = BATCH | {"whole_answer": np.ones(3, np.float32)}
+    strict = CausalLanguage().evaluate(model, {}, jax.tree.map(jnp.array, batch))["acc_strict"]
+    assert strict.value() == pytest.approx(1 / 2)
+    assert float(strict.weight) == 2, "the row that fills the batch is no example"
+    batch["whole_answer"][0] = 0  # a row of another data set
+    strict = CausalLanguage().evaluate(model, {}, jax.tree.map(jnp.array, batch))["acc_strict"]
+    assert (strict.value(), float(strict.weight)) == (0, 1)
 
 
 def test_training_loss_is_the_mean_over_weights_plus_z_loss(model):
