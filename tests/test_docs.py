@@ -35,7 +35,8 @@ OTHER_NAMES = {
 OTHER_FLAGS = {
     "paxlike": {"input", "vocab_size", "output", "tfds", "split", "data_dir", "tokenizer"}
     | {"cache_dir", "workers", "text_key", "labels", "x", "reference", "title"},
-    "scripts": {"source", "data_dir", "output", "parts", "shapes", "rounds", "steps", "torch"},
+    "scripts": {"source", "data_dir", "output", "parts", "shapes", "rounds", "steps", "torch"}
+    | {"to", "dtype", "max_shard_size", "use"},
     "XLA": {"xla_dump_to", "xla_dump_hlo_as_text"},
     "absl": {"flagfile"},
     "Pax": {"exp"},
