@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from paxlike import parallel
 from paxlike.layers.sequence import Sequence
 
 _QKV = ("combined_qkv_proj", "query_proj", "key_proj", "value_proj")
@@ -38,6 +39,11 @@ REMAT_POLICIES = {
     ),
     "SAVE_TRANSFORMER_LAYER_OUTPUT": _policies.save_only_these_names("transformer_layer_out"),
 }
+
+
+def _all_but_moved(primitive, *_, **__) -> bool:
+    """A policy that keeps what was computed, not what was only gathered or given another shape or name."""
+    return primitive.name not in ("sharding_constraint", "name", "reshape", "transpose", "squeeze")
 
 
 class Period(nn.Module):
@@ -83,6 +89,9 @@ class Stack(nn.Module):
             return layers(x, own), None
 
         policy = REMAT_POLICIES[self.remat]
+        if policy is None and self.scan and parallel.num_shards("embed") > 1:
+            # A scan would keep the weights of all layers, gathered, until the backward pass.
+            policy = _all_but_moved
         if policy is not None and sequence.train:
             # Inside a loop the compiler cannot merge the two passes again, and the barrier against it costs time.
             repeat = nn.remat(repeat, policy=policy, prevent_cse=not self.scan)

@@ -117,7 +117,9 @@ def _reference(q, k, v, segments, offset, *, scores: _Scores, causal: bool):
         # Grouped queries: the h // g queries of a group share one key, so they stand beside the length.
         query_axes, score_axes = "bsgqk", "bgqst"
         q = q.reshape(b, s, groups, h // groups, size)
-    logits = scores.scale * _wide_product(f"{query_axes},btgk->{score_axes}", q, k)
+    form = f"{query_axes},btgk->{score_axes}"
+    wide = _wide_product(form, q, k) if q.dtype != jnp.float32 else jnp.einsum(form, q, k)
+    logits = scores.scale * wide
     if scores.logit_cap is not None:
         logits = scores.logit_cap * jnp.tanh(logits / scores.logit_cap)
     if mask is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -80,6 +80,8 @@ class Optimizer:
       decay_exclude: parameters whose path matches this regular expression are not decayed; None decays all (Pax).
       skip_norm: skip steps whose gradient norm is above this, 0 for none; non-finite ones are always skipped.
       ema_decay: of the averaged parameters, 0 for none.
+      trainable: parameters whose path matches this regular expression are trained; None trains all. The others have no
+        gradient, no moments and no average.
     """
 
     schedule: Schedule
@@ -93,8 +95,16 @@ class Optimizer:
     clip_update: float = 0.0
     skip_norm: float = 0.0
     ema_decay: float = 0.0
+    trainable: str | None = None
 
     def __post_init__(self):
+        if self.trainable is not None:
+            try:
+                re.compile(self.trainable)
+            except re.error as error:
+                raise ValueError(
+                    f"trainable={self.trainable!r} is no regular expression: {error}"
+                ) from error
         for name, value in (
             ("ADAM_BETA1", self.b1),
             ("ADAM_BETA2", self.b2),
@@ -103,8 +113,33 @@ class Optimizer:
             if not 0.0 <= value < 1.0:
                 raise ValueError(f"{name}={value} is not in [0, 1)")
 
+    def select(self, params: PyTree) -> PyTree:
+        """The trainable part of nested dictionaries of parameters (or of their shardings): None in place of the rest.
+
+        Raises:
+          ValueError: nothing is trainable.
+        """
+        if self.trainable is None:
+            return params
+        compiled = re.compile(self.trainable)
+
+        def pick(path, leaf):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            return leaf if compiled.search(name) else None
+
+        # A leaf is what is no dictionary: boxes and shardings are not looked into.
+        is_leaf = lambda node: not isinstance(node, Mapping)
+        part = jax.tree_util.tree_map_with_path(pick, params, is_leaf=is_leaf)
+        if not jax.tree.leaves(part):
+            first = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_leaf)[0][0]
+            name = jax.tree_util.keystr(first, simple=True, separator="/")
+            raise ValueError(
+                f"trainable={self.trainable!r} matches no parameter; they are called {name} and so on"
+            )
+        return part
+
     def init(self, params: PyTree) -> PyTree:
-        """State for `params`; moments have the shapes, and the boxes, of the parameters."""
+        """State for trainable `params`; moments have the shapes, and the boxes, of the parameters."""
         return self._transformation().init(params)
 
     def update(self, gradients: PyTree, opt_state: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
@@ -130,6 +165,13 @@ class Optimizer:
             mask = None if self.decay_exclude is None else _paths_not_matching(self.decay_exclude)
             parts.append(optax.add_decayed_weights(self.weight_decay, mask))
         return optax.chain(*parts)
+
+
+def merge(part: PyTree, whole: PyTree) -> PyTree:
+    """`whole` with the leaves of `part`, as `Optimizer.select` makes it, in their places."""
+    return jax.tree.map(
+        lambda new, old: old if new is None else new, part, whole, is_leaf=lambda x: x is None
+    )
 
 
 def _paths_not_matching(pattern: str) -> Callable[[PyTree], PyTree]:

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
 from paxlike import parallel
-from paxlike.train.optimizer import Optimizer
+from paxlike.train.optimizer import Optimizer, merge
 
 PyTree = Any
 
@@ -26,10 +26,10 @@ class TrainState:
 
     Attributes:
       step: number of steps taken, skipped ones included.
-      params: float32 parameters.
+      params: float32 parameters; frozen ones may be of other dtypes.
       opt_state: state of the optax transformation.
       collections: Flax collections other than the parameters (FP8 scales, batch statistics).
-      ema: moving average of the parameters, None where it is off.
+      ema: moving average of the trainable parameters (None in place of frozen ones), None where it is off.
       skipped_steps: steps whose gradient was not finite and that changed nothing.
     """
 
@@ -42,7 +42,7 @@ class TrainState:
 
     def variables(self, *, use_ema: bool = False) -> dict[str, PyTree]:
         """The Flax variables of the model; with the averaged parameters where there are any and they are asked for."""
-        params = self.ema if use_ema and self.ema is not None else self.params
+        params = merge(self.ema, self.params) if use_ema and self.ema is not None else self.params
         return {"params": params, **self.collections}
 
 
@@ -77,13 +77,15 @@ class StateFactory:
         inputs = {k: jnp.zeros(v.shape, v.dtype) for k, v in self.spec.items() if k == "tokens"}
         variables = dict(self.model.init({"params": key, "dropout": key}, **inputs))
         params = variables.pop("params")
+        trained = self.optimizer.select(params)
+        _check_trainable(trained)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
-            opt_state=self.optimizer.init(params),
+            opt_state=self.optimizer.init(trained),
             collections=variables,
             # A copy: the averaged parameters must not share buffers with those that are donated to the step.
-            ema=jax.tree.map(jnp.copy, params) if self.optimizer.ema_decay else None,
+            ema=jax.tree.map(jnp.copy, trained) if self.optimizer.ema_decay else None,
             skipped_steps=jnp.zeros((), jnp.int32),
         )
 
@@ -103,6 +105,16 @@ def abstract_variables(model: nn.Module, mesh: jax.sharding.Mesh) -> dict[str, P
         lambda: dict(model.init(jax.random.key(0), jnp.zeros((rows, 1), jnp.int32)))
     )
     return _placed(boxed, mesh)
+
+
+def _check_trainable(params: PyTree) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            # The path of a boxed parameter ends with the box's own field.
+            name = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+            raise ValueError(
+                f"parameter '{name}' of type {leaf.dtype} cannot be trained; leave it out of `trainable`"
+            )
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:

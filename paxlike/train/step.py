@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from paxlike.train.optimizer import Optimizer
+from paxlike.train.optimizer import Optimizer, merge
 from paxlike.train.state import TrainState
 
 OVERWRITE = (
@@ -30,7 +30,7 @@ class TrainStep:
       num_microbatches: parts into which the batch is cut; their gradients are added in float32, so the result is that
         of the whole batch.
       seed: root of all randomness; a step uses `fold_in(seed, step)`.
-      shardings: of the parameters; gradients are held to the same, so that they are reduced and scattered rather than
+      shardings: of all parameters; gradients are held to the same, so that they are reduced and scattered rather than
         replicated. None on one device.
     """
 
@@ -45,7 +45,9 @@ class TrainStep:
         self, state: TrainState, batch: Mapping[str, jax.Array]
     ) -> tuple[TrainState, dict[str, Any]]:
         """One step; a step whose gradient is not finite changes nothing but the counters."""
-        gradients, collections, metrics = self._gradients(state, batch)
+        # What is not trained is handed on as it is: it has no gradient, and is neither averaged nor compared.
+        whole, state = state.params, state.replace(params=self.optimizer.select(state.params))
+        gradients, collections, metrics = self._gradients(state, whole, batch)
         norm = optax.tree.norm(gradients)
         factor = self.optimizer.clip_factor(norm)
         rate = self.optimizer.schedule(state.step)
@@ -57,6 +59,7 @@ class TrainStep:
         accepted = self.optimizer.accepts(norm)
         proposed = TrainState(state.step, params, opt_state, collections, ema, state.skipped_steps)
         kept = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), proposed, state)
+        kept = kept.replace(params=merge(kept.params, whole))
         skipped = state.skipped_steps + jnp.where(accepted, 0, 1)
         metrics |= {
             "learning_rate": rate,
@@ -67,15 +70,15 @@ class TrainStep:
         }
         return dataclasses.replace(kept, step=state.step + 1, skipped_steps=skipped), metrics
 
-    def _gradients(self, state: TrainState, batch):
-        """Gradients of the mean loss, new collections and summed metrics, over all microbatches."""
+    def _gradients(self, state: TrainState, whole, batch):
+        """Gradients of the mean loss for the part of the `whole` in `state`, new collections and summed metrics."""
         weight = self.task.weight(batch) + LOSS_EPSILON
         key = jax.random.fold_in(jax.random.key(self.seed), state.step)
         overwritten = {k: v for k, v in state.collections.items() if k == OVERWRITE}
         others = {k: v for k, v in state.collections.items() if k != OVERWRITE}
 
         def objective(params, overwritten, others, part, key):
-            variables = {"params": params, **overwritten, **others}
+            variables = {"params": merge(params, whole), **overwritten, **others}
             loss = self.task.loss(self.model, variables, part, {"dropout": key})
             return loss.objective / weight, loss
 
@@ -86,7 +89,8 @@ class TrainStep:
                 state.params, overwritten, others, part, key
             )
             if self.shardings is not None:
-                gradients = jax.lax.with_sharding_constraint(gradients, self.shardings)
+                place = self.optimizer.select(self.shardings)
+                gradients = jax.tree.map(jax.lax.with_sharding_constraint, gradients, place)
             kept = {k: v for k, v in loss.collections.items() if k != OVERWRITE}
             return gradients, new, {**others, **kept}, loss.metrics
 
