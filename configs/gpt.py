@@ -3,62 +3,35 @@
 Sources: Brown et al. 2020 (GPT-3); the numbers are those of Pax's GPU configs, weight decay on all parameters included.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import fiddle as fdl
-from flax import linen as nn
-from flax.linen import fp8_ops
 
-from configs.language import NORMS_AND_BIASES, LanguageModelKnobs, SyntheticData
+from configs.language import NORMS_AND_BIASES, SyntheticData
+from configs.transformer import TransformerKnobs
 from paxlike.layers.attention import Attention
 from paxlike.layers.block import Block
-from paxlike.layers.embedding import Embedding, LearnedPosition
+from paxlike.layers.embedding import LearnedPosition
 from paxlike.layers.feedforward import FeedForward
 from paxlike.layers.norm import LayerNorm
-from paxlike.layers.stack import REMAT_POLICIES, Stack
 from paxlike.models.decoder import Decoder
+from paxlike.weights import GPT2Weights
 
 
-class GPT(LanguageModelKnobs, abstract=True):
+class GPT(TransformerKnobs, abstract=True):
     """The GPT model."""
 
-    NUM_LAYERS: Annotated[int, "transformer blocks"] = 12
-    NUM_HEADS: Annotated[int, "attention heads"] = 12
-    DIMS_PER_HEAD: Annotated[int | None, "size of a head; None: MODEL_DIMS / NUM_HEADS"] = None
-    MODEL_DIMS: Annotated[int, "width of the residual stream"] = 768
-    HIDDEN_DIMS: Annotated[int, "width inside the feed-forward layer"] = 3072
-    ACTIVATION: Annotated[
-        Literal["gelu", "gelu_exact", "relu", "silu"], "of the feed-forward layer; gelu is tanh"
-    ] = "gelu"
     USE_GATED_ACTIVATION: Annotated[bool, "multiply the activation with a second projection"] = (
         False
     )
     USE_BIAS: Annotated[bool, "biases in attention and feed-forward layers"] = True
-    COMBINE_QKV: Annotated[bool, "one weight for queries, keys and values"] = True
-    SEPARATE_EMBEDDING: Annotated[bool, "an output table of its own (untied)"] = False
     TRAINABLE_POSITION_EMB: Annotated[bool, "learned positions; False: none"] = True
-    EMBEDDING_LOOKUP_STYLE: Annotated[
-        Literal["index", "matmul"], "gather rows, or multiply with one-hot"
-    ] = "index"
     LAYERNORM_EPSILON: Annotated[float, "added to the variance"] = 1e-5
-    INIT_STD: Annotated[float, "standard deviation of initial weights"] = 0.023
-    SOFTMAX_INIT_STD: Annotated[float | None, "of the token table; None: INIT_STD"] = None
-    DROPOUT_PROB: Annotated[float, "dropout behind attention and feed-forward layers"] = 0.0
-    EMBEDDING_DROPOUT_PROB: Annotated[float, "dropout on the input embedding"] = 0.0
-    USE_REPEATED_LAYER: Annotated[
-        bool, "scan over layers: compile time does not grow with depth"
-    ] = False
-    CHECKPOINT_POLICY: Annotated[
-        str, "what is kept for the backward pass; SAVE_NOTHING recomputes all"
-    ] = "SAVE_EVERYTHING"
-    USE_CUDNN_FLASH_ATTENTION: Annotated[
-        bool | None, "cuDNN attention; None: where it can serve"
-    ] = None
-    USE_FP8: Annotated[bool, "FP8 in attention projections and feed-forward layers"] = False
+    INIT_STD = 0.023
 
     def model(self) -> fdl.Config[Any]:
         """A pre-norm decoder."""
-        self._check()
+        self.check_sizes()
         return fdl.Config(
             Decoder,
             embedding=self.table(),
@@ -71,25 +44,13 @@ class GPT(LanguageModelKnobs, abstract=True):
             )
             if self.TRAINABLE_POSITION_EMB
             else None,
-            stack=fdl.Config(
-                Stack,
-                period=(self.block(),),
-                repeats=self.NUM_LAYERS,
-                remat=self.CHECKPOINT_POLICY,
-                scan=self.USE_REPEATED_LAYER,
-            ),
+            stack=self.stack(self.block()),
             norm=self.norm(),
             embedding_dropout=self.EMBEDDING_DROPOUT_PROB,
         )
 
     def block(self) -> fdl.Config[Block]:
         """Attention, then feed-forward."""
-        linear = {
-            "use_bias": self.USE_BIAS,
-            "dropout": self.DROPOUT_PROB,
-            "dtype": self.FPROP_DTYPE,
-            "dot_general_cls": fp8_ops.Fp8DotGeneralOp if self.USE_FP8 else None,
-        }
         return fdl.Config(
             Block,
             mixer=fdl.Config(
@@ -97,62 +58,43 @@ class GPT(LanguageModelKnobs, abstract=True):
                 num_heads=self.NUM_HEADS,
                 head_dim=self.head_dim(),
                 combine_qkv=self.COMBINE_QKV,
-                kernel_init=self.init(),
-                implementation={None: "auto", True: "cudnn", False: "xla"}[
-                    self.USE_CUDNN_FLASH_ATTENTION
-                ],
-                **linear,
+                use_bias=self.USE_BIAS,
+                implementation=self.attention_backend(),
+                **self.projections(),
             ),
             ffn=fdl.Config(
                 FeedForward,
                 hidden=self.HIDDEN_DIMS,
                 activation=self.ACTIVATION,
                 gated=self.USE_GATED_ACTIVATION,
-                kernel_init=self.init(),
-                **linear,
+                use_bias=self.USE_BIAS,
+                **self.projections(),
             ),
             mixer_norm=self.norm(),
             ffn_norm=self.norm(),
         )
 
-    def _check(self) -> None:
-        """Refuses names and sizes that no layer could work with, in terms of the knobs."""
-        if self.CHECKPOINT_POLICY not in REMAT_POLICIES:
-            raise ValueError(
-                f"CHECKPOINT_POLICY='{self.CHECKPOINT_POLICY}' is none of {', '.join(REMAT_POLICIES)}"
-            )
-        for name in ("NUM_LAYERS", "NUM_HEADS", "MODEL_DIMS", "HIDDEN_DIMS", "VOCAB_SIZE"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-
-    def head_dim(self) -> int:
-        """Size of a head."""
-        if self.DIMS_PER_HEAD is None and self.MODEL_DIMS % self.NUM_HEADS:
-            raise ValueError(
-                f"MODEL_DIMS={self.MODEL_DIMS} does not divide by NUM_HEADS={self.NUM_HEADS}; set "
-                "DIMS_PER_HEAD or another number of heads"
-            )
-        return self.DIMS_PER_HEAD or self.MODEL_DIMS // self.NUM_HEADS
+    def weights(self) -> fdl.Config[Any]:
+        """How Hugging Face's GPT-2 names these weights."""
+        gelu = {"gelu": "gelu_new", "gelu_exact": "gelu"}
+        config = {
+            "architectures": ["GPT2LMHeadModel"],
+            "model_type": "gpt2",
+            "vocab_size": self.VOCAB_SIZE,
+            "n_embd": self.MODEL_DIMS,
+            "n_layer": self.NUM_LAYERS,
+            "n_head": self.NUM_HEADS,
+            "n_inner": self.HIDDEN_DIMS,
+            "n_positions": self.MAX_SEQ_LEN,
+            "layer_norm_epsilon": self.LAYERNORM_EPSILON,
+            "activation_function": gelu.get(self.ACTIVATION, self.ACTIVATION),
+            "tie_word_embeddings": not self.SEPARATE_EMBEDDING,
+        }
+        return fdl.Config(GPT2Weights, config=config)
 
     def norm(self) -> fdl.Config[LayerNorm]:
         """LayerNorm."""
         return fdl.Config(LayerNorm, epsilon=self.LAYERNORM_EPSILON, dtype=self.FPROP_DTYPE)
-
-    def table(self) -> fdl.Config[Embedding]:
-        """Token table."""
-        std = self.INIT_STD if self.SOFTMAX_INIT_STD is None else self.SOFTMAX_INIT_STD
-        return fdl.Config(
-            Embedding,
-            vocab_size=self.VOCAB_SIZE,
-            features=self.MODEL_DIMS,
-            table_init=self.init(std),
-            lookup=self.EMBEDDING_LOOKUP_STYLE,
-            dtype=self.FPROP_DTYPE,
-        )
-
-    def init(self, std: float | None = None) -> fdl.Config[Any]:
-        """Gaussian initialiser; a node of its own at each place."""
-        return fdl.Config(nn.initializers.normal, stddev=self.INIT_STD if std is None else std)
 
 
 class Pile126M(GPT):

@@ -7,15 +7,20 @@ import fiddle as fdl
 from configs.knobs import Knobs
 from paxlike import parallel
 from paxlike.checkpoint import CheckpointOptions
+from paxlike.data.boolq import BoolQ
+from paxlike.data.chat import ChatTemplate
+from paxlike.data.instruct import Instruct
 from paxlike.data.lambada import Lambada
 from paxlike.data.loader import Loader
+from paxlike.data.mixtures import Mixture
+from paxlike.data.open_tokenizer import open_tokenizer
 from paxlike.data.sources import JsonLines, TextFiles, TfdsSource
 from paxlike.data.synthetic import SyntheticTokens
-from paxlike.data.tokenizers import SentencePieceTokenizer
 from paxlike.decode import SamplingOptions
 from paxlike.evaluate import EvalOptions
 from paxlike.experiment import Experiment, InitialWeights, LogOptions
 from paxlike.tasks.language import CausalLanguage
+from paxlike.train.best import BestOptions
 from paxlike.train.optimizer import Optimizer, Schedule
 
 NORMS_AND_BIASES = r"(scale|bias)$"
@@ -91,18 +96,44 @@ class DataKnobs(Knobs):
     """Data and tokenizer."""
 
     MAX_SEQ_LEN: Annotated[int, "tokens per row"] = 2048
-    VOCAB_PATH: Annotated[str | None, "SentencePiece model"] = None
+    VOCAB_PATH: Annotated[
+        str | None, "SentencePiece model, or tokenizer.json of Hugging Face, or a folder with one"
+    ] = None
+    BOS_ID: Annotated[int | None, "id where a row begins; None: the tokenizer's"] = None
+    EOS_ID: Annotated[int | None, "id that ends a document; None: the tokenizer's"] = None
     TFDS_DATA_DIR: Annotated[str | None, "folder of prepared TFDS data sets; None: TFDS's own"] = (
         None
     )
+    TRAIN_SET: Annotated[
+        Literal["text", "boolq", "instruct"],
+        "what is trained on: text, BoolQ, or prompts with answers and conversations",
+    ] = "text"
     TRAIN_FILES: Annotated[
         str | None, "text or JSON-lines files (globs, comma-separated) in place of TFDS"
     ] = None
+    TRAIN_WEIGHTS: Annotated[
+        tuple[float, ...], "share of rows of each part of TRAIN_FILES between commas; (): one set"
+    ] = ()
     EVAL_FILES: Annotated[str | None, "held-out files, as TRAIN_FILES"] = None
     TEXT_KEY: Annotated[str, "key of the text in JSON lines"] = "text"
     LAMBADA_FILE: Annotated[str | None, "JSON-lines file of LAMBADA in place of TFDS"] = None
+    BOOLQ_FILE: Annotated[str | None, "JSON-lines file of BoolQ to evaluate, not TFDS"] = None
+    BOOLQ_ANSWERS: Annotated[
+        tuple[str, str], "yes and no as they are tokenised: with a space for byte-level tokenizers"
+    ] = ("yes", "no")
+    CHAT_TEMPLATE: Annotated[
+        str,
+        "instruct: tokenizer (its own), chatml, llama2, llama3, gemma, alpaca, plain, or a file",
+    ] = "tokenizer"
+    SCORED_ANSWERS: Annotated[
+        Literal["all", "last"], "instruct: answers of a conversation that have weight"
+    ] = "all"
+    OVERLONG: Annotated[
+        Literal["drop", "truncate_prompt", "truncate"], "instruct: examples longer than MAX_SEQ_LEN"
+    ] = "drop"
     EVAL_SETS: Annotated[
-        tuple[str, ...], "held-out sets: HeldOut, PileValidation, LambadaValidation"
+        tuple[str, ...],
+        "held-out sets: HeldOut, PileValidation, LambadaValidation, BoolQ, Instruct",
     ] = ()
     PACKED_INPUT: Annotated[
         bool, "attention stays inside each document (segments and positions)"
@@ -117,6 +148,13 @@ class RunKnobs(Knobs):
 
     EVAL_INTERVAL_STEPS: Annotated[int, "steps between evaluations while training"] = 100
     EVAL_ON_TEST: Annotated[bool, "evaluate EVAL_SETS while training"] = False
+    BEST_METRIC: Annotated[
+        str | None, "SET/METRIC whose best checkpoint is kept, as BoolQ/boolq_acc"
+    ] = None
+    BEST_MODE: Annotated[Literal["min", "max"], "what is best"] = "min"
+    EARLY_STOPPING_PATIENCE: Annotated[
+        int, "stop after so many evaluations without a better BEST_METRIC, 0: never"
+    ] = 0
     EVAL_MAX_BATCHES: Annotated[int | None, "bound of one evaluation, in batches"] = None
     CHECKPOINT_EVERY_N_STEPS: Annotated[
         int | None, "steps between checkpoints, None: only the last"
@@ -153,6 +191,9 @@ class DecodeKnobs(Knobs):
     )
     DECODE_STOP_STRINGS: Annotated[tuple[str, ...], "a continuation ends before any of these"] = ()
     DECODE_NUM_SAMPLES: Annotated[int, "continuations of each prompt"] = 1
+    DECODE_CHAT: Annotated[
+        bool, "each prompt is a user's message, written as CHAT_TEMPLATE says"
+    ] = False
     DECODE_SEED: Annotated[int, "of the choices"] = 0
 
 
@@ -169,6 +210,10 @@ class LanguageModelKnobs(
     def model(self) -> fdl.Config[Any]:
         """The model of the family."""
         raise NotImplementedError
+
+    def weights(self) -> fdl.Config[Any] | None:
+        """How other programs name the weights; None where none has such a model."""
+        return None
 
     def experiment(self) -> fdl.Config[Experiment]:
         """The whole tree."""
@@ -190,7 +235,9 @@ class LanguageModelKnobs(
             eval_data={name: self.eval_data(name) for name in self.EVAL_SETS},
             tokenizer=self.tokenizer(),
             initial_weights=self.initial_weights(),
+            weights=self.weights(),
             sampling=self.sampling(),
+            chat=fdl.Config(ChatTemplate, name=self.CHAT_TEMPLATE) if self.DECODE_CHAT else None,
             checkpoints=fdl.Config(
                 CheckpointOptions,
                 every_n_steps=self.CHECKPOINT_EVERY_N_STEPS,
@@ -203,6 +250,12 @@ class LanguageModelKnobs(
                 EvalOptions,
                 every_n_steps=self.EVAL_INTERVAL_STEPS if self.EVAL_ON_TEST else 0,
                 max_batches=self.EVAL_MAX_BATCHES,
+            ),
+            best=fdl.Config(
+                BestOptions,
+                metric=self.BEST_METRIC,
+                mode=self.BEST_MODE,
+                patience=self.EARLY_STOPPING_PATIENCE,
             ),
             logging=fdl.Config(
                 LogOptions,
@@ -242,8 +295,10 @@ class LanguageModelKnobs(
         )
 
     def tokenizer(self) -> fdl.Config[Any] | None:
-        """The SentencePiece model, not read before it is used."""
-        return fdl.Config(SentencePieceTokenizer, path=self.VOCAB_PATH or "")
+        """The tokenizer, not read before it is used."""
+        return fdl.Config(
+            open_tokenizer, path=self.VOCAB_PATH or "", bos_id=self.BOS_ID, eos_id=self.EOS_ID
+        )
 
     def initial_weights(self) -> fdl.Config[InitialWeights] | None:
         """Weights of another run, if asked for."""
@@ -268,25 +323,62 @@ class LanguageModelKnobs(
 
     def train_data(self) -> fdl.Config[Loader] | None:
         """Training rows; None for configs that only evaluate."""
-        return self.loader(self.text("train", self.TRAIN_FILES), packed=self.PACKED_INPUT)
+        kind, files, weights = self.TRAIN_SET, self.TRAIN_FILES, self.TRAIN_WEIGHTS
+        packing = "packed" if self.PACKED_INPUT else "concatenated"
+        if kind != "text":
+            packing = "packed" if kind == "instruct" and self.PACKED_INPUT else "documents"
+        if not weights:
+            return self.loader(self.source(kind, "train", files), packing=packing)
+        parts = (files or "").split(",")
+        if len(parts) != len(weights):
+            raise ValueError(
+                f"TRAIN_WEIGHTS={list(weights)} has {len(weights)} shares but TRAIN_FILES={files!r} has "
+                f"{len(parts)} parts between commas"
+            )
+        sources = [self.source(kind, "train", part.strip()) for part in parts]
+        return self.loader(fdl.Config(Mixture, sources=sources, weights=weights), packing=packing)
 
     def eval_data(self, name: str) -> fdl.Config[Loader]:
         """One held-out set by name."""
         if name == "LambadaValidation":
-            files = self.LAMBADA_FILE
-            passages = (
-                fdl.Config(JsonLines, paths=files, text_key=self.TEXT_KEY)
-                if files
-                else fdl.Config(
-                    TfdsSource, name="my_lambada", split="test", data_dir=self.TFDS_DATA_DIR
-                )
-            )
+            passages = self.records(self.LAMBADA_FILE, "my_lambada", "test")
             return self.loader(fdl.Config(Lambada, passages=passages), packing="documents")
+        if name == "BoolQ":
+            questions = self.source("boolq", "validation", self.BOOLQ_FILE)
+            return self.loader(questions, packing="documents")
+        if name == "Instruct":
+            return self.loader(
+                self.source("instruct", "validation", self.EVAL_FILES), packing="documents"
+            )
         if name in ("PileValidation", "HeldOut"):
             return self.loader(self.text("validation", self.EVAL_FILES), packed=self.PACKED_INPUT)
         raise ValueError(
-            f"EVAL_SETS: '{name}' is none of HeldOut, PileValidation, LambadaValidation"
+            f"EVAL_SETS: '{name}' is none of HeldOut, PileValidation, LambadaValidation, BoolQ, Instruct"
         )
+
+    def source(self, kind: str, split: str, files: str | None) -> fdl.Config[Any]:
+        """Documents, or a source of rows, from files or TFDS."""
+        if kind == "boolq":
+            yes, no = self.BOOLQ_ANSWERS
+            return fdl.Config(
+                BoolQ, source=self.records(files, "super_glue/boolq", split), yes=yes, no=no
+            )
+        if kind == "instruct":
+            return fdl.Config(
+                Instruct,
+                source=fdl.Config(JsonLines, paths=files or ""),
+                template=self.CHAT_TEMPLATE,
+                answers=self.SCORED_ANSWERS,
+                overlong=self.OVERLONG,
+                seed=self.TRAIN_INPUT_RANDOM_SEED,
+            )
+        return self.text(split, files)
+
+    def records(self, files: str | None, name: str, split: str) -> fdl.Config[Any]:
+        """JSON lines where files are given, else a TFDS data set."""
+        if files:
+            return fdl.Config(JsonLines, paths=files, text_key=self.TEXT_KEY)
+        return fdl.Config(TfdsSource, name=name, split=split, data_dir=self.TFDS_DATA_DIR)
 
     def text(self, split: str, files: str | None) -> fdl.Config[Any]:
         """A source of documents: files where they are given, else the Pile in TFDS."""

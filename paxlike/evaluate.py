@@ -14,7 +14,7 @@ import jax
 from flax import linen as nn
 
 from paxlike import parallel
-from paxlike.checkpoint import ModelMismatch, restore_variables, wait_for_new_checkpoint
+from paxlike.checkpoint import ModelMismatch, wait_for_new_checkpoint
 from paxlike.log.metric import Metric
 from paxlike.train.state import abstract_variables
 
@@ -164,7 +164,7 @@ def evaluate(
         for wanted in steps:
             try:
                 with log.busy(f"reading weights from {source}"):
-                    weights = restore_variables(source, abstract, step=wanted)
+                    weights = experiment.read_variables(source, abstract, step=wanted)
             except (ValueError, OSError) as error:
                 if not follow or isinstance(error, ModelMismatch):
                     raise

@@ -14,14 +14,27 @@ import jax
 from flax import linen as nn
 
 from paxlike import decode, evaluate, parallel
-from paxlike.checkpoint import CheckpointOptions, read_metadata
+from paxlike.checkpoint import (
+    CheckpointOptions,
+    Use,
+    Weights,
+    named_leaves,
+    read_metadata,
+    restore_params,
+    restore_variables,
+    with_leaves,
+)
 from paxlike.data.loader import Loader
 from paxlike.data.statistics import unigram_entropy_of
 from paxlike.data.tokenizers import check_vocabulary
 from paxlike.evaluate import EvalOptions
+from paxlike.layers import lora
+from paxlike.log.progress import Progress
 from paxlike.log.run_log import RunLog
 from paxlike.train import loop
+from paxlike.train.best import BestOptions
 from paxlike.train.optimizer import Optimizer
+from paxlike.weights import import_params, is_foreign
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +61,7 @@ class InitialWeights:
     """Parameters that a fresh run starts from (step, optimizer and data start anew).
 
     Attributes:
-      path: a job_log_dir, its `checkpoints` folder or one checkpoint.
+      path: a job_log_dir, its `checkpoints` folder or one checkpoint, or a folder of Hugging Face or Meta.
       rules: (regex, replacement) pairs on parameter names; a replacement of None keeps the fresh value.
     """
 
@@ -69,7 +82,10 @@ class Experiment:
       num_microbatches: parts of the batch whose gradients are accumulated.
       train_data, eval_data: loaders; the held-out ones by name.
       tokenizer: text <-> ids, None where there is no text.
+      initial_weights: what a fresh run starts from, None for random weights.
+      weights: how other programs name the weights (`paxlike.weights`), None where none has such a model.
       sampling: options of decoding.
+      chat: template that makes prompts conversations when decoding, None for plain texts.
     """
 
     name: str
@@ -87,10 +103,13 @@ class Experiment:
     seed: int = 1234
     compute_dtype: str = "float32"
     initial_weights: InitialWeights | None = None
+    weights: Any = None
     checkpoints: CheckpointOptions = CheckpointOptions()
     evaluation: EvalOptions = EvalOptions()
+    best: BestOptions = BestOptions()
     logging: LogOptions = LogOptions()
     sampling: Any = None
+    chat: Any = None
 
     @property
     def global_batch_size(self) -> int:
@@ -127,6 +146,94 @@ class Experiment:
         resolved.check()
         return resolved
 
+    def read_variables(
+        self, path: Path, abstract: Mapping[str, Any], *, step: int | None = None, use: Use = "auto"
+    ) -> Weights:
+        """The variables of a checkpoint of ours, or of a folder of Hugging Face or Meta, in `abstract`'s shardings.
+
+        Adapters that a foreign folder cannot have are as the model starts them: they add nothing. Raises `ValueError`
+        in one line for what is not there or does not fit the model.
+        """
+        if is_foreign(path):
+            rest = {name: tree for name, tree in abstract.items() if name != "params"}
+            params = abstract["params"]
+            fresh = self._initial({"params": lora.adapters_of(params), **rest})
+            base = self._import(path, lora.base_of(params))
+            params = lora.adopt(base, lora.with_adapters(params, fresh.pop("params", {})))
+            return Weights({"params": params, **fresh}, 0, "params")
+
+        def complete(missing: Mapping[str, Any]) -> dict[str, Any]:
+            if self.initial_weights is None:
+                raise ValueError(
+                    f"{path} holds what was trained only: name the weights that it was trained on with "
+                    "CHECKPOINT_RESTORE_PATH"
+                )
+            whole = named_leaves(self.read_initial_params(abstract["params"], abstract["params"]))
+            return {name: whole[name] for name in missing}
+
+        return restore_variables(
+            path,
+            abstract,
+            step=step,
+            use=use,
+            checksums=self.checkpoints.checksums,
+            complete=complete,
+        )
+
+    def read_initial_params(self, abstract: Any, initial: Any) -> Any:
+        """Parameters of `initial_weights`, in `abstract`'s shardings.
+
+        `initial` are the values that are kept: of adapters, which no base has, and of what its rules name.
+        """
+        weights, base = self.initial_weights, lora.base_of(abstract)
+        path = Path(weights.path)
+        if is_foreign(path):
+            if weights.rules:
+                raise ValueError(
+                    f"CHECKPOINT_IGNORE_RULES={[pattern for pattern, _ in weights.rules]} cannot be used on "
+                    f"{path}, which is no checkpoint of paxlike: convert it first (scripts/convert.py)"
+                )
+            return lora.adopt(self._import(path, base), initial)
+        rules = weights.rules
+        if any(f"/{lora.NAME}/" in name for name in read_metadata(path)["arrays"]):
+            rules = (*rules, (rf".*/{lora.NAME}/.*", None))  # the adapters of that run lie unused
+        found = restore_params(
+            path, base, rules=rules, init_params=initial, checksums=self.checkpoints.checksums
+        )
+        return lora.adopt(found, initial)
+
+    def _import(self, path: Path, abstract: Any) -> Any:
+        if self.weights is None:
+            raise ValueError(
+                f"{path} holds weights of another program, and {self.name} does not know their names"
+            )
+        bars: list[Progress] = []  # made when the number of tensors is known
+
+        def report(done: int, total: int) -> None:
+            if not bars:
+                shows = jax.process_index() == 0
+                bars.append(Progress(total, description="import", unit="tensor", enabled=shows))
+            bars[0].update(done)
+
+        params = import_params(path, abstract, self.weights, report=report)
+        for bar in bars:
+            bar.close()
+        return params
+
+    def _initial(self, abstract: Mapping[str, Any]) -> dict[str, Any]:
+        """What no other program keeps, as the model starts it: scales of FP8, adapters."""
+        if not jax.tree.leaves(abstract):
+            return {}
+        wanted = named_leaves(dict(abstract))
+
+        def start() -> dict[str, Any]:
+            tokens = jax.numpy.zeros((1, 1), "int32")
+            found = named_leaves(nn.meta.unbox(dict(self.model.init(jax.random.key(0), tokens))))
+            return {name: found[name] for name in wanted}
+
+        places = {name: leaf.sharding for name, leaf in wanted.items()}
+        return with_leaves(dict(abstract), jax.jit(start, out_shardings=places)())
+
     def open_log(self, directory: Path, *, num_steps: int | None = None) -> RunLog:
         """The log in `directory`; `num_steps` of the training, None where there is none."""
         options = self.logging
@@ -146,6 +253,7 @@ class Experiment:
         """Trains, or goes on with, the run in `job_log_dir`; returns the exit code of the process."""
         if self.train_data is None:
             raise ValueError(f"{self.name} has no training data; use --mode=eval")
+        self.best.check(list(self.eval_data), evaluates=bool(self.evaluation.every_n_steps))
         return loop.train(
             self.on_these_devices(), job_log_dir, config=config, config_text=config_text
         )
@@ -166,10 +274,9 @@ class Experiment:
         if not here.eval_data:
             raise ValueError(f"{here.name} has no held-out set; name some with --fdl.EVAL_SETS")
         here.check_data(here.eval_data.values())
-        if not follow:
-            read_metadata(
-                Path(checkpoint or job_log_dir), step=step
-            )  # refuses before a file is written
+        source = Path(checkpoint or job_log_dir)
+        if not follow and not is_foreign(source):
+            read_metadata(source, step=step)  # refuses before a file is written
         # What a model without context could reach at best: says how much a loss is worth.
         references = {
             name: unigram_entropy_of(

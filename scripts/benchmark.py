@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from scripts.benchmarks import parts, steps  # noqa: E402
+from scripts.benchmarks import lora, parts, steps  # noqa: E402
 
 PARTS = {
     "step": steps.step,
@@ -34,6 +34,7 @@ PARTS = {
     "data": parts.data,
     "checkpoint": parts.checkpoint,
     "decode": parts.decode,
+    "lora": lora.lora,
 }
 
 

@@ -34,7 +34,8 @@ OTHER_NAMES = {
 # Flags of programs other than main.py, by the program.
 OTHER_FLAGS = {
     "paxlike": {"input", "vocab_size", "output", "tfds", "split", "data_dir", "tokenizer"}
-    | {"cache_dir", "workers", "text_key", "labels", "x", "reference", "title"},
+    | {"cache_dir", "workers", "text_key", "labels", "x", "reference", "title", "num", "seq_len"}
+    | {"template", "max_characters"},
     "scripts": {"source", "data_dir", "output", "parts", "shapes", "rounds", "steps", "torch"}
     | {"to", "dtype", "max_shard_size", "use"},
     "XLA": {"xla_dump_to", "xla_dump_hlo_as_text"},

@@ -30,6 +30,7 @@ BELOW = {
         "decode",
         "checkpoint",
         "data",
+        "layers",  # what a base lacks that has adapters
         "weights",
         "parallel",
         "compat",

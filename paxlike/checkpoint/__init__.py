@@ -1,5 +1,6 @@
 """Checkpoints of a run: atomic, asynchronous, checked, readable on any mesh and process count."""
 
+from paxlike.checkpoint.arrays import named_leaves, with_leaves
 from paxlike.checkpoint.checkpointer import Checkpointer, Restored
 from paxlike.checkpoint.follow import (
     clear_finished,
@@ -30,8 +31,10 @@ __all__ = [
     "clear_finished",
     "finished_step",
     "mark_finished",
+    "named_leaves",
     "read_metadata",
     "restore_params",
     "restore_variables",
     "wait_for_new_checkpoint",
+    "with_leaves",
 ]

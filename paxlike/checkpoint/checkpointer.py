@@ -65,6 +65,7 @@ class Checkpointer:
         self._claim = None if read_only else upkeep.open_for_writing(self.folder)
         # Steps saved or restored here; all others belong to an earlier start of the run.
         self._known: set[int] = set()
+        self.protected: int | None = None  # a step that is kept whatever the options say
         self._damaged: dict[int, str] = {}
         self._due: tuple[int, bool] | None = None
         self._last_save_time = time.monotonic()
@@ -226,7 +227,12 @@ class Checkpointer:
             self._orbax.wait_until_finished()
             if processes.is_first():
                 last, every = self.options.keep_last, self.options.keep_every_n_steps
-                upkeep.drop_old(self.folder, keep_last=last, keep_every_n_steps=every)
+                upkeep.drop_old(
+                    self.folder,
+                    keep_last=last,
+                    keep_every_n_steps=every,
+                    protected=self.protected,
+                )
         except BaseException as error:  # Raised by `wait`, in the thread of the loop.
             self._error = error
 

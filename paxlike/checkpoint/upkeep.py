@@ -82,12 +82,18 @@ def move_aside(
         log.warning("%s is %s: kept as %s", folder, kind, aside.name)
 
 
-def drop_old(checkpoints: Path, *, keep_last: int | None, keep_every_n_steps: int | None) -> None:
+def drop_old(
+    checkpoints: Path,
+    *,
+    keep_last: int | None,
+    keep_every_n_steps: int | None,
+    protected: int | None = None,
+) -> None:
     """Deletes all checkpoints but the newest ones and the multiples of `keep_every_n_steps`."""
     if keep_last is None:
         return
     for step in layout.list_steps(checkpoints)[:-keep_last]:
-        if keep_every_n_steps and step % keep_every_n_steps == 0:
+        if step == protected or (keep_every_n_steps and step % keep_every_n_steps == 0):
             continue
         folder = layout.step_folder(checkpoints, step)
         try:

@@ -44,12 +44,15 @@ def restore_variables(
     step: int | None = None,
     use: Use = "auto",
     checksums: bool = True,
+    complete: Complete | None = None,
 ) -> Weights:
     """Everything a model needs to be applied: the weights and its other collections.
 
     `abstract` is the tree of variables, `{"params": ..., **collections}`; `path` and `step` are as in
     `restore_params`. `auto` takes averaged weights where there are any. Without `checksums` only sizes of files are
-    compared, those of the optimizer state too.
+    compared, those of the optimizer state too. What was not trained has no average and is taken as it is. `complete`
+    gives the weights that a checkpoint of the trained part alone does not hold: it is called with their
+    `jax.ShapeDtypeStruct`s by name, and answers with the arrays.
     """
     params = arrays.named_leaves(abstract["params"])
     rest = arrays.named_leaves({k: v for k, v in abstract.items() if k != "params"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -12,8 +13,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 import jax
 
 from paxlike import parallel
-from paxlike.checkpoint import Use, restore_variables
-from paxlike.decode.generator import Generation, Generator, encode_prompts
+from paxlike.checkpoint import Use
+from paxlike.decode.generator import Generation, Generator, check_lengths, encode_prompts
 from paxlike.decode.prompts import Prompt, read_prompts
 from paxlike.decode.sampler import SamplingOptions
 from paxlike.log.progress import Progress, duration
@@ -67,9 +68,8 @@ def decode(
             f"{experiment.name} has no tokenizer, and decoding needs one: set VOCAB_PATH"
         )
     max_length = _max_length(experiment)
+    asked, ids = _encode(experiment, asked, max_length)  # refused before the weights are read
     texts = [prompt.text for prompt in asked]
-    # Refuses what is too long before the weights are read.
-    encode_prompts(experiment.tokenizer, texts, max_length)
     name = name or (Path(prompt_file).stem if prompt_file else "prompts")
     folder = _output_folder(Path(job_log_dir), name)
     if stream is None:
@@ -80,7 +80,7 @@ def decode(
         with display.progress.busy("reading the weights"):
             abstract = abstract_variables(experiment.model, mesh)
             source = Path(checkpoint or job_log_dir)
-            weights = restore_variables(source, abstract, step=step, use=use)
+            weights = experiment.read_variables(source, abstract, step=step, use=use)
         generator = Generator(
             experiment.model,
             weights.variables,
@@ -89,7 +89,7 @@ def decode(
             max_length=max_length,
         )
         results = generator.generate(
-            texts, on_text=display.on_text if stream else None, on_result=display.on_result
+            texts, ids=ids, on_text=display.on_text if stream else None, on_result=display.on_result
         )
     display.close(results)
     if jax.process_index() == 0:
@@ -104,6 +104,30 @@ def decode(
             f"{weights.use} of step {weights.step:,}: {file}"
         )
     return 0
+
+
+def _encode(
+    experiment: Experiment, asked: Sequence[Prompt], max_length: int
+) -> tuple[list[Prompt], list[list[int]]]:
+    """The prompts with the text that is shown, a conversation as it is rendered, and what is fed for each."""
+    shown, encoded, chat = [], [], experiment.chat
+    for prompt in asked:
+        messages = prompt.messages
+        if chat is not None and not messages:
+            messages = ({"role": "user", "content": prompt.text},)
+        if not messages:
+            shown.append(prompt)
+            encoded += encode_prompts(experiment.tokenizer, [prompt.text], max_length)
+            continue
+        if chat is None:
+            raise ValueError(
+                "a prompt is a conversation ('messages'): set DECODE_CHAT=True, and CHAT_TEMPLATE"
+            )
+        text = chat.render(messages, experiment.tokenizer, add_generation_prompt=True)
+        shown.append(dataclasses.replace(prompt, text=text))
+        encoded.append(chat.prompt_ids(messages, experiment.tokenizer))
+    check_lengths(encoded, max_length)
+    return shown, encoded
 
 
 class _Display:

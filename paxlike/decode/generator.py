@@ -30,7 +30,10 @@ OnText = Callable[[int, str], None]
 
 
 class Tokenizer(Protocol):
-    """What decoding needs of a tokenizer."""
+    """What decoding needs of a tokenizer.
+
+    It may have `begin_ids`, what is fed before a prompt (BOS without it), and `stop_ids`, what ends a text (EOS).
+    """
 
     @property
     def vocab_size(self) -> int: ...
@@ -110,7 +113,8 @@ class Generator:
           ValueError: the tokenizer has more ids than the model.
         """
         # A vocabulary is often padded; ids that no tokenizer made are never drawn.
-        num_ids = max(tokenizer.vocab_size, tokenizer.eos_id + 1, tokenizer.bos_id + 1)
+        stops = tuple(getattr(tokenizer, "stop_ids", (tokenizer.eos_id,)))
+        num_ids = 1 + max(tokenizer.vocab_size - 1, tokenizer.bos_id, *stops)
         if num_ids > model.vocab_size:
             raise ValueError(
                 f"the tokenizer makes ids up to {num_ids - 1} but the model has a vocabulary of "
@@ -119,7 +123,8 @@ class Generator:
         options = SamplingOptions() if options is None else options
         self._variables, self._tokenizer, self._options = variables, tokenizer, options
         self._max_length = max_length
-        self._program = Program(model, options, tokenizer.eos_id, num_ids)
+        self._stops = stops
+        self._program = Program(model, options, stops, num_ids)
         self._prefill = jax.jit(self._program.prefill, static_argnames="cache_length")
         self._advance = jax.jit(
             self._program.advance,
@@ -138,12 +143,14 @@ class Generator:
         self,
         prompts: Sequence[str],
         *,
+        ids: Sequence[list[int]] | None = None,
         on_text: OnText | None = None,
         on_result: Callable[[int, Generation], None] | None = None,
     ) -> list[Generation]:
         """Continuations of all prompts, `num_samples` of each, in the order of the prompts.
 
         Args:
+          ids: what is fed for each prompt, where that is not what the tokenizer makes of it (chats).
           on_text: called with (index into the result, new text) as text becomes certain; the pieces
             add up to the text.
           on_result: called with (index into the result, result) as each continuation ends.
@@ -151,7 +158,10 @@ class Generator:
         Raises:
           ValueError: a prompt leaves no room for a continuation; nothing is generated then.
         """
-        rows = self._rows(prompts)
+        if ids is None:
+            ids = encode_prompts(self._tokenizer, prompts, self._max_length)
+        check_lengths(ids, self._max_length)
+        rows = self._rows(prompts, ids)
         results: dict[int, Generation] = {}
         for batch, size in self._batches(rows):
             started, compiled = time.perf_counter(), self.throughput.compile_seconds
@@ -165,15 +175,12 @@ class Generator:
             self.throughput.seconds += elapsed - (self.throughput.compile_seconds - compiled)
         return [results[row.index] for row in rows]
 
-    def _rows(self, prompts: Sequence[str]) -> list[_Row]:
+    def _rows(self, prompts: Sequence[str], encoded: Sequence[list[int]]) -> list[_Row]:
         rows: list[_Row] = []
-        encoded = encode_prompts(self._tokenizer, prompts, self._max_length)
         for number, (prompt, ids) in enumerate(zip(prompts, encoded)):
             for draw in range(self._options.num_samples):
                 text = TextStream(self._tokenizer, ids, self._options.stop_strings)
-                rows.append(
-                    _Row(len(rows), prompt, ids, number, draw, text, self._tokenizer.eos_id)
-                )
+                rows.append(_Row(len(rows), prompt, ids, number, draw, text, self._stops))
         return rows
 
     def _batches(self, rows: Sequence[_Row]) -> Iterator[tuple[list[_Row], int]]:
@@ -259,14 +266,24 @@ def encode_prompts(
     Raises:
       ValueError: a prompt leaves no room for a continuation within `max_length` tokens.
     """
-    encoded = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    begin = list(getattr(tokenizer, "begin_ids", [tokenizer.bos_id]))
+    encoded = [[*begin, *tokenizer.encode(prompt)] for prompt in prompts]
+    check_lengths(encoded, max_length)
+    return encoded
+
+
+def check_lengths(encoded: Sequence[list[int]], max_length: int) -> None:
+    """Raises ValueError where a prompt is empty or leaves no room for a continuation."""
     for number, ids in enumerate(encoded, start=1):
+        if not ids:
+            raise ValueError(
+                f"prompt {number} has no token: this tokenizer has no BOS, so give it some text"
+            )
         if len(ids) >= max_length:
             raise ValueError(
                 f"prompt {number} has {len(ids)} tokens, BOS included, but a row holds only "
                 f"{max_length} with its continuation: shorten it to at most {max_length - 1}"
             )
-    return encoded
 
 
 @dataclasses.dataclass(eq=False)
@@ -279,7 +296,7 @@ class _Row:
     prompt_index: int
     sample_index: int
     stream: TextStream
-    eos_id: int
+    stops: tuple[int, ...]
     logprobs: list[float] = dataclasses.field(default_factory=list)
     finish_reason: FinishReason | None = None
 
@@ -292,7 +309,7 @@ class _Row:
         del self.logprobs[len(tokens) :]
         if self.stream.is_stopped:
             self.finish_reason = "stop"
-        elif tokens and tokens[-1] == self.eos_id:
+        elif tokens and tokens[-1] in self.stops:
             self.finish_reason = "eos"
         elif len(tokens) >= room:
             self.finish_reason = "length"

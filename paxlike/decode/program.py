@@ -52,7 +52,7 @@ class Program:
 
     model: nn.Module
     options: SamplingOptions
-    eos_id: int
+    stop_ids: tuple[int, ...]
     num_ids: int
 
     def prefill(self, variables, tokens, lengths, room, identity, *, cache_length: int):
@@ -134,11 +134,15 @@ class Program:
             state,
             token=parallel.shard(drawn, "batch"),
             room=room,
-            active=state.active & (drawn != self.eos_id) & (room > 0),
+            active=state.active & ~self._ends(drawn) & (room > 0),
             count=state.count + 1,
             seen=seen,
         )
         return state, ids, logprobs
+
+    def _ends(self, drawn: jax.Array) -> jax.Array:
+        """Whether each token ends its text."""
+        return jnp.any(drawn[:, None] == jnp.asarray(self.stop_ids)[None, :], axis=-1)
 
     def _keys(self, state: State) -> jax.Array:
         """One key per row: of the seed, the prompt, the sample and the number of the token."""

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A text to continue, and what its author calls it."""
+    """A text to continue, or a conversation to answer, and what its author calls it."""
 
     text: str
     id: str | int | None = None
+    messages: tuple[Mapping[str, str], ...] = ()
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
-    """The prompts of a `.txt` file (one a line) or a `.jsonl` file (`prompt` or `text`, `id`).
+    """The prompts of a `.txt` file (one a line) or a `.jsonl` file (`prompt` or `text`, or `messages`, and `id`).
 
     Empty lines are passed over; in a `.jsonl` file an empty string is a prompt.
 
@@ -53,10 +55,26 @@ def _from_json(line: str, where: str) -> Prompt:
         fields: Any = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not JSON ({error})") from None
+    if isinstance(fields, dict) and "messages" in fields:
+        return Prompt("", fields.get("id"), _messages(fields["messages"], where))
     text = fields.get("prompt", fields.get("text")) if isinstance(fields, dict) else None
     if not isinstance(text, str):
-        raise ValueError(f"{where} has no text under 'prompt' or 'text'")
+        raise ValueError(f"{where} has no text under 'prompt' or 'text' (nor 'messages')")
     return Prompt(text, fields.get("id"))
+
+
+def _messages(value: Any, where: str) -> tuple[Mapping[str, str], ...]:
+    fine = isinstance(value, list) and all(
+        isinstance(each, dict)
+        and isinstance(each.get("role"), str)
+        and isinstance(each.get("content"), str)
+        for each in value
+    )
+    if not fine or not value:
+        raise ValueError(f"{where}: 'messages' is no list of objects with 'role' and 'content'")
+    if value[-1]["role"] == "assistant":
+        raise ValueError(f"{where}: the last message is an answer already; end with the user's")
+    return tuple(value)
 
 
 _READERS = {".txt": _from_text, ".jsonl": _from_json}

@@ -22,12 +22,14 @@ from paxlike.checkpoint import (
     TerminationSignal,
     clear_finished,
     mark_finished,
-    restore_params,
 )
 from paxlike.evaluate import Evaluator, make_evaluators
 from paxlike.log.flops import train_flops
+from paxlike.log.metric import Metric
 from paxlike.log.profiler import Profiler
 from paxlike.log.run_log import RunLog
+from paxlike.train.best import Best
+from paxlike.train.optimizer import merge
 from paxlike.train.state import StateFactory, TrainState, num_parameters, replicated
 from paxlike.train.step import TrainStep
 
@@ -74,7 +76,9 @@ class _Run:
         checkpointer = stack.enter_context(Checkpointer(self.directory, experiment.checkpoints))
         stop = stack.enter_context(TerminationSignal())
         state, start = self._restore_or_initialize(checkpointer)
-        if start >= experiment.num_steps:
+        best = Best(self.directory, experiment.best, step=start)
+        checkpointer.protected = best.step
+        if start >= experiment.num_steps or best.exhausted:
             mark_finished(self.directory, start)
             log.progress.write(
                 f"training is complete: step {start:,} of {experiment.num_steps:,}; nothing to do"
@@ -137,67 +141,105 @@ class _Run:
             profiler.after_step(done, metrics)
             waiting.append((done, metrics, batches.waited_seconds - waited))
             settle(_max_in_flight())
-            last = done == experiment.num_steps
+            last, better, enough = done == experiment.num_steps, False, False
             if experiment.evaluation.due(done, experiment.num_steps):
                 settle(0)
                 with log.pause("evaluation"):
-                    self._evaluate(evaluators, state, done)
+                    results = self._evaluate(evaluators, state, done)
+                if experiment.best.metric is not None:
+                    better = best.add(done, results)
+                    checkpointer.protected, enough = best.step, best.exhausted and not last
+                    best.write()
             stopping = stop.agreed(done)
-            if stopping or last or checkpointer.due(done):
+            if stopping or last or better or enough or checkpointer.due(done):
                 settle(0)
+                wait = stopping or last or better or enough
                 with log.pause("checkpoint"):
-                    self._save(checkpointer, state, done, batches, wait=stopping or last)
+                    self._save(checkpointer, state, done, batches, wait=wait)
+            if enough:
+                log.progress.write(
+                    f"stopped early at step {done:,}: {experiment.best.metric} was best at step {best.step:,} "
+                    f"({best.value:.4g}) and {experiment.best.patience} evaluations since were no better"
+                )
+                log.event("stopped_early", step=done, best_step=best.step, best=best.value)
+                break
             if stopping and not last:
                 settle(0)
                 log.progress.write(f"stopped at step {done:,}; the same command goes on from there")
                 log.event("stopped", step=done, signal=stop.received)
                 return EXIT_PREEMPTED
-        mark_finished(self.directory, experiment.num_steps)
-        folder = self.directory / "checkpoints" / f"checkpoint_{experiment.num_steps:08d}"
-        log.progress.write(f"training is complete: step {experiment.num_steps:,}, {folder}")
+        mark_finished(self.directory, done)
+        folder = self.directory / "checkpoints"
+        log.progress.write(
+            f"training is complete: step {done:,}, {folder / f'checkpoint_{done:08d}'}"
+        )
+        if best.step is not None:
+            log.progress.write(
+                f"best {experiment.best.metric}: {best.value:.4g} at step {best.step:,}, "
+                f"{folder / f'checkpoint_{best.step:08d}'}"
+            )
         return 0
 
     def _restore_or_initialize(self, checkpointer: Checkpointer) -> tuple[TrainState, int]:
         experiment, log = self.experiment, self.log
         count = num_parameters(self.abstract.params)
+        trained = num_parameters(experiment.optimizer.select(self.abstract.params))
+        part = "" if trained == count else f" ({trained:,} trained)"
         log.environment(
             config=experiment.name,
             mesh=dict(self.mesh.shape),
             global_batch_size=self.global_batch,
             tokens_per_step=self.tokens_per_step,
             num_parameters=count,
+            num_trained_parameters=trained,
         )
         log.progress.write(
-            f"{experiment.name}: {count:,} parameters, mesh {dict(self.mesh.shape)} on {jax.device_count()} x "
+            f"{experiment.name}: {count:,} parameters{part}, mesh {dict(self.mesh.shape)} on {jax.device_count()} x "
             f"{jax.devices()[0].device_kind} in {jax.process_count()} process(es), "
             f"{self.global_batch:,} rows = {self.tokens_per_step:,} tokens a step"
         )
         there = checkpointer.latest_step() is not None
         with log.busy("reading the newest checkpoint") if there else contextlib.nullcontext():
-            restored = checkpointer.restore(self.abstract)
+            restored = checkpointer.restore(self._saved(self.abstract))
         if restored is not None:
             self.first_batch = self._data_position(restored.data)
             self._write_config()
             log.resumed(restored.step)
             log.progress.write(f"going on from the checkpoint of step {restored.step:,}")
-            return restored.state, restored.step
+            state = restored.state
+            if self.saves_trained_only:
+                with log.busy(f"reading frozen weights from {experiment.initial_weights.path}"):
+                    whole = experiment.read_initial_params(
+                        self.abstract.params, self.abstract.params
+                    )
+                state = state.replace(params=merge(state.params, whole))
+            return state, restored.step
         self._write_config()
         with log.busy("initialising the parameters"):
             state = jax.block_until_ready(self.factory.initialize(experiment.seed))
         if experiment.initial_weights is not None:
-            weights = experiment.initial_weights
+            weights, select = experiment.initial_weights, experiment.optimizer.select
+            if self.saves_trained_only:  # the random values of frozen weights only take memory
+                state = state.replace(params=merge(select(state.params), self.abstract.params))
             with log.busy(f"reading weights from {weights.path}"):
-                params = restore_params(
-                    Path(weights.path),
-                    self.abstract.params,
-                    rules=weights.rules,
-                    init_params=state.params,
-                )
-            state = state.replace(
-                params=params,
-                ema=None if state.ema is None else jax.tree.map(jax.numpy.copy, params),
-            )
+                params = experiment.read_initial_params(self.abstract.params, state.params)
+            ema = None if state.ema is None else jax.tree.map(jax.numpy.copy, select(params))
+            state = state.replace(params=params, ema=ema)
         return state, 0
+
+    @property
+    def saves_trained_only(self) -> bool:
+        """Whether frozen weights stay where they were read, and checkpoints hold the trained part alone."""
+        return (
+            self.experiment.optimizer.trainable is not None
+            and self.experiment.initial_weights is not None
+        )
+
+    def _saved(self, state: TrainState) -> TrainState:
+        """What of the state, or of its abstract form, is in a checkpoint."""
+        if not self.saves_trained_only:
+            return state
+        return state.replace(params=self.experiment.optimizer.select(state.params))
 
     def _write_config(self) -> None:
         """The resolved config, to read and to reload; only once this start is known to fit what is there."""
@@ -258,9 +300,14 @@ class _Run:
             else []
         )
 
-    def _evaluate(self, evaluators: list[Evaluator], state: TrainState, done: int) -> None:
+    def _evaluate(
+        self, evaluators: list[Evaluator], state: TrainState, done: int
+    ) -> dict[str, dict[str, Metric]]:
+        results = {}
         for evaluator in evaluators:
-            self.log.evaluate(evaluator.name, done, evaluator.run(state.variables(use_ema=True)))
+            results[evaluator.name] = evaluator.run(state.variables(use_ema=True))
+            self.log.evaluate(evaluator.name, done, results[evaluator.name])
+        return results
 
     def _save(
         self, checkpointer: Checkpointer, state: TrainState, done: int, batches, *, wait: bool
@@ -271,7 +318,7 @@ class _Run:
         }
         saved = checkpointer.save(
             done,
-            state,
+            self._saved(state),
             data=data,
             config=self.config,
             config_text=self.config_text,

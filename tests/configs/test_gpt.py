@@ -3,15 +3,14 @@
 import pathlib
 
 import fiddle as fdl
-import jax
 import numpy as np
 import pytest
 
 from configs import flags, gpt
 from configs.knobs import knobs
-from paxlike import parallel
 from paxlike.data.tokenizers import ByteTokenizer
-from paxlike.train.state import abstract_variables, num_parameters
+from paxlike.train.state import num_parameters
+from tests.configs.golden_files import compare, tree_of_parameters, variables
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 NAMES = [
@@ -24,14 +23,6 @@ NAMES = [
     "Lambada126M",
     "Quickstart",
 ]
-
-
-def variables(config):
-    """Abstract variables of a config's model on one device."""
-    model = fdl.build(config.experiment()).model
-    mesh = parallel.Mesh(ici=(1, 1, 1)).build(jax.devices()[:1])
-    with parallel.activate(mesh):
-        return abstract_variables(model, mesh)
 
 
 @pytest.mark.parametrize(
@@ -102,16 +93,6 @@ def test_aliases():
     assert gpt.GPT5B is gpt.Pile5B and gpt.GPT175B is gpt.Pile175B
 
 
-def tree_of_parameters(config) -> str:
-    """One line a parameter: name, shape."""
-    leaves = jax.tree_util.tree_leaves_with_path(variables(config))
-    lines = [
-        f"{jax.tree_util.keystr(p, simple=True, separator='/')} {leaf.shape} {leaf.dtype}"
-        for p, leaf in leaves
-    ]
-    return "\n".join(lines) + "\n"
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_golden_tree(name, request):
     """A change of a config shows in the diff. Renew with `pytest tests/configs/test_gpt.py --renew-golden`."""
@@ -123,13 +104,6 @@ def test_golden_tree(name, request):
 @pytest.mark.parametrize("name", ["Pile126M", "Pile5B", "Pile175B", "Quickstart"])
 def test_golden_parameters(name, request):
     compare(GOLDEN / f"{name}.params.txt", tree_of_parameters(getattr(gpt, name)()), request)
-
-
-def compare(path, text, request):
-    if request.config.getoption("--renew-golden"):
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text)
-    assert text == path.read_text(), f"{path.name} differs; look at the change, then --renew-golden"
 
 
 def shrink(name, **changes):

@@ -197,3 +197,46 @@ def test_prompt_files_that_cannot_be_read(tmp_path, name, content, message):
     with pytest.raises(ValueError, match=message) as error:
         read_prompts(tmp_path / name)
     assert "\n" not in str(error.value)
+
+
+def test_conversations_need_a_template(experiment, run, tmp_path):
+    file = tmp_path / "chats.jsonl"
+    file.write_text('{"messages": [{"role": "user", "content": "hello"}], "id": 4}\n')
+    (prompt,) = read_prompts(file)
+    assert prompt == Prompt("", 4, ({"role": "user", "content": "hello"},))
+    with pytest.raises(ValueError, match="a prompt is a conversation .*: set DECODE_CHAT=True"):
+        decode(experiment, run, prompt_file=str(file))
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ("[]", "'messages' is no list of objects with 'role' and 'content'"),
+        ('"hello"', "'messages' is no list of objects"),
+        ('[{"role": "user"}]', "'messages' is no list of objects"),
+        (
+            '[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]',
+            "the last message is an answer already",
+        ),
+    ],
+)
+def test_conversations_that_cannot_be_answered(tmp_path, messages, message):
+    file = tmp_path / "chats.jsonl"
+    file.write_text(f'{{"messages": {messages}}}\n')
+    with pytest.raises(ValueError, match=f"chats.jsonl:1.*{message}"):
+        read_prompts(file)
+
+
+def test_tokens_are_given_where_they_are_not_the_texts(experiment, states):
+    generator = Generator(
+        experiment.model,
+        {"params": states[3].params},
+        experiment.tokenizer,
+        OPTIONS,
+        max_length=MAX_LENGTH,
+    )
+    (given,) = generator.generate(["shown"], ids=[[0, *experiment.tokenizer.encode("fed")]])
+    (plain,) = generator.generate(["fed"])
+    assert given.tokens == plain.tokens and given.prompt == "shown"
+    with pytest.raises(ValueError, match="prompt 1 has no token"):
+        generator.generate(["x"], ids=[[]])

@@ -1,0 +1,106 @@
+"""Knobs that every stack of attention and feed-forward blocks has, and the parts that they make."""
+
+from typing import Annotated, Any, Literal
+
+import fiddle as fdl
+from flax import linen as nn
+from flax.linen import fp8_ops
+
+from configs.language import LanguageModelKnobs
+from paxlike.layers.embedding import Embedding
+from paxlike.layers.stack import REMAT_POLICIES, Stack
+
+
+class TransformerKnobs(LanguageModelKnobs, abstract=True):
+    """The blocks."""
+
+    NUM_LAYERS: Annotated[int, "transformer blocks"] = 12
+    NUM_HEADS: Annotated[int, "attention heads"] = 12
+    DIMS_PER_HEAD: Annotated[int | None, "size of a head; None: MODEL_DIMS / NUM_HEADS"] = None
+    MODEL_DIMS: Annotated[int, "width of the residual stream"] = 768
+    HIDDEN_DIMS: Annotated[int, "width inside the feed-forward layer"] = 3072
+    ACTIVATION: Annotated[
+        Literal["gelu", "gelu_exact", "relu", "silu"], "of the feed-forward layer; gelu is tanh"
+    ] = "gelu"
+    COMBINE_QKV: Annotated[bool, "one weight for queries, keys and values"] = True
+    SEPARATE_EMBEDDING: Annotated[bool, "an output table of its own (untied)"] = False
+    EMBEDDING_LOOKUP_STYLE: Annotated[
+        Literal["index", "matmul"], "gather rows, or multiply with one-hot"
+    ] = "index"
+    INIT_STD: Annotated[float, "standard deviation of initial weights"] = 0.02
+    SOFTMAX_INIT_STD: Annotated[float | None, "of the token table; None: INIT_STD"] = None
+    DROPOUT_PROB: Annotated[float, "dropout behind attention and feed-forward layers"] = 0.0
+    EMBEDDING_DROPOUT_PROB: Annotated[float, "dropout on the input embedding"] = 0.0
+    USE_REPEATED_LAYER: Annotated[
+        bool, "scan over layers: compile time does not grow with depth"
+    ] = False
+    CHECKPOINT_POLICY: Annotated[
+        str, "what is kept for the backward pass; SAVE_NOTHING recomputes all"
+    ] = "SAVE_EVERYTHING"
+    USE_CUDNN_FLASH_ATTENTION: Annotated[
+        bool | None, "cuDNN attention; None: where it can serve"
+    ] = None
+    USE_FP8: Annotated[bool, "FP8 in attention projections and feed-forward layers"] = False
+
+    def stack(self, *period: fdl.Config[Any]) -> fdl.Config[Stack]:
+        """NUM_LAYERS blocks, those of `period` in turn."""
+        if self.NUM_LAYERS % len(period):
+            raise ValueError(
+                f"NUM_LAYERS={self.NUM_LAYERS} is not a multiple of the {len(period)} blocks of a period"
+            )
+        return fdl.Config(
+            Stack,
+            period=period,
+            repeats=self.NUM_LAYERS // len(period),
+            remat=self.CHECKPOINT_POLICY,
+            scan=self.USE_REPEATED_LAYER,
+        )
+
+    def table(self, **options: Any) -> fdl.Config[Embedding]:
+        """Token table."""
+        std = self.INIT_STD if self.SOFTMAX_INIT_STD is None else self.SOFTMAX_INIT_STD
+        return fdl.Config(
+            Embedding,
+            vocab_size=self.VOCAB_SIZE,
+            features=self.MODEL_DIMS,
+            table_init=self.init(std),
+            lookup=self.EMBEDDING_LOOKUP_STYLE,
+            dtype=self.FPROP_DTYPE,
+            **options,
+        )
+
+    def projections(self) -> dict[str, Any]:
+        """Options of the layers that are made of `Linear`s."""
+        return {
+            "kernel_init": self.init(),
+            "dropout": self.DROPOUT_PROB,
+            "dtype": self.FPROP_DTYPE,
+            "dot_general_cls": fp8_ops.Fp8DotGeneralOp if self.USE_FP8 else None,
+        }
+
+    def attention_backend(self) -> str:
+        """The implementation of attention."""
+        return {None: "auto", True: "cudnn", False: "xla"}[self.USE_CUDNN_FLASH_ATTENTION]
+
+    def init(self, std: float | None = None) -> fdl.Config[Any]:
+        """Gaussian initialiser; a node of its own at each place."""
+        return fdl.Config(nn.initializers.normal, stddev=self.INIT_STD if std is None else std)
+
+    def head_dim(self) -> int:
+        """Size of a head."""
+        if self.DIMS_PER_HEAD is None and self.MODEL_DIMS % self.NUM_HEADS:
+            raise ValueError(
+                f"MODEL_DIMS={self.MODEL_DIMS} does not divide by NUM_HEADS={self.NUM_HEADS}; set "
+                "DIMS_PER_HEAD or another number of heads"
+            )
+        return self.DIMS_PER_HEAD or self.MODEL_DIMS // self.NUM_HEADS
+
+    def check_sizes(self) -> None:
+        """Refuses names and sizes that no layer could work with, in terms of the knobs."""
+        if self.CHECKPOINT_POLICY not in REMAT_POLICIES:
+            raise ValueError(
+                f"CHECKPOINT_POLICY='{self.CHECKPOINT_POLICY}' is none of {', '.join(REMAT_POLICIES)}"
+            )
+        for name in ("NUM_LAYERS", "NUM_HEADS", "MODEL_DIMS", "HIDDEN_DIMS", "VOCAB_SIZE"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
