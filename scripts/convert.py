@@ -1,9 +1,10 @@
 """Converts weights: Hugging Face or Meta -> a paxlike checkpoint, and back to Hugging Face.
 
-    python scripts/convert.py --fdl_config=LLaMA7B --input=FOLDER --output=FOLDER [--to=paxlike|huggingface]
+    python scripts/convert.py --fdl_config=LLaMA7B --input=FOLDER --output=FOLDER [--to=paxlike|huggingface|peft]
 
 What --input is shows from its files: a folder of Hugging Face or Meta becomes a checkpoint, a job_log_dir (or one
-checkpoint) becomes a folder of Hugging Face. Tensors are read and written one at a time.
+checkpoint) becomes a folder of Hugging Face. Tensors are read and written one at a time. With --fdl.USE_LORA=True
+adapters are merged into the weights, or written alone in the format of PEFT, or read from there.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ OUTPUT = absl_flags.DEFINE_string(
 TO = absl_flags.DEFINE_enum(
     "to",
     None,
-    ["paxlike", "huggingface"],
-    "What to write; left out: what --input is not.",
+    ["paxlike", "huggingface", "peft"],
+    "What to write; left out: what --input is not. huggingface merges adapters, peft writes them alone.",
     flag_values=_FLAGS,
 )
 DTYPE = absl_flags.DEFINE_enum(
@@ -93,6 +94,9 @@ def _convert(resolved: flags.Resolved) -> str:
             progress.append(Progress(total, description="convert", unit="tensor"))
         progress[0].update(done)
 
+    if request := _of_adapters(resolved, model):
+        return request()
+
     try:
         return convert(
             INPUT.value,
@@ -113,6 +117,45 @@ def _convert(resolved: flags.Resolved) -> str:
             each.close()
 
 
+def _of_adapters(resolved: flags.Resolved, model):
+    """What converts adapters, where they are what is asked for; else None."""
+    import functools
+
+    import fiddle as fdl
+
+    from paxlike.weights import is_foreign, peft
+    from scripts import convert_lora
+
+    source, output = Path(INPUT.value), Path(OUTPUT.value)
+    from_peft = (source / peft.CONFIG).is_file()
+    if convert_lora.adapter_of(model) is None:
+        if from_peft or TO.value == "peft":
+            raise flags.UsageError("adapters need a config that has them: --fdl.USE_LORA=True")
+        return None
+    if from_peft:
+        return functools.partial(
+            convert_lora.import_adapters,
+            fdl.build(resolved.tree),
+            source,
+            output,
+            config=resolved.json,
+            text=resolved.text,
+        )
+    if is_foreign(source) or TO.value == "paxlike":
+        return None  # the base alone
+    size = {} if MAX_SHARD_SIZE.value is None else {"max_shard_size": MAX_SHARD_SIZE.value}
+    return functools.partial(
+        convert_lora.export,
+        fdl.build(resolved.tree),
+        source,
+        output,
+        to=TO.value or "huggingface",
+        dtype=DTYPE.value,
+        step=STEP.value,
+        **size,
+    )
+
+
 def _shapes(model) -> dict[str, tuple[int, ...]]:
     """Path -> shape of the parameters; nothing is allocated."""
     import jax
@@ -125,7 +168,8 @@ def _shapes(model) -> dict[str, tuple[int, ...]]:
         lambda: dict(model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
     )
     named = arrays.named_leaves(nn.meta.unbox(variables["params"]))
-    return {path: tuple(leaf.shape) for path, leaf in named.items()}
+    # Adapters have no place in the files of a base.
+    return {path: tuple(leaf.shape) for path, leaf in named.items() if "/lora/" not in path}
 
 
 if __name__ == "__main__":

@@ -83,6 +83,7 @@ def test_all_scripts_are_bash(root):
         "quickstart",
         "run_base_config_multinode",
         "run_lambada_singlenode",
+        "run_llama_boolq",
         "run_multiprocess_local",
         "run_pile_multinode",
         "run_pile_singlenode",
@@ -168,6 +169,68 @@ def test_base_config_leaves_the_address_to_jax_where_slurm_names_none(root):
     flags, *_ = dry_run(script, "Synthetic126M", "", "", "/run", environment=environment)
     assert "--multiprocess_gpu" in flags
     assert "--server_addr" not in flags
+
+
+BOOLQ = {"VOCAB_PATH": "/vocab", "TFDS_DATA_DIR": "/data", "CHECKPOINT_RESTORE_PATH": "/weights"}
+
+
+def boolq_commands(root, **environment):
+    """The flags of each command that run_llama_boolq.sh would run."""
+    process = run(
+        root / "scripts/run_llama_boolq.sh",
+        environment=BOOLQ | {"LOG_DIR": "/logs", "DRY_RUN": "1"} | environment,
+    )
+    assert process.returncode == 0, process.stderr_text
+    lines = [line for line in process.stdout_text.splitlines() if "main.py" in line]
+    flags = [dict(word.split("=", 1) for word in shlex.split(line)[2:]) for line in lines]
+    return [{name.removeprefix("--fdl."): value for name, value in each.items()} for each in flags]
+
+
+def test_llama_boolq_trains_with_the_numbers_of_pax_and_evaluates(root):
+    train, evaluate = boolq_commands(root)
+    assert (train["--mode"], evaluate["--mode"]) == ("train", "eval")
+    assert train["--job_log_dir"] == evaluate["--job_log_dir"] == "/logs/llama-LLaMA7B-mbs-2-lora-0"
+    expected = {
+        "--fdl_config": "LLaMA7B",
+        "CHECKPOINT_RESTORE_PATH": "/weights",
+        "MAX_STEPS": "1000",
+    }
+    expected |= {"LEARNING_RATE": "1e-6", "LR_COS_WARMUP": "500", "LR_COS_DECAY_END": "1000"}
+    assert expected.items() <= train.items()
+    assert not {"USE_LORA", "ICI_MESH_SHAPE", "--checkpoint"} & train.keys()
+
+
+def test_llama_boolq_with_adapters(root):
+    train, evaluate = boolq_commands(
+        root, USE_LORA="1", CONFIG="LLaMA70B", ICI_MESH_SHAPE="[1,8,1]", LORA_TARGET_LAYERS="mlp"
+    )
+    expected = {"USE_LORA": "True", "LORA_RANK": "32", "LORA_TARGET_LAYERS": "mlp"}
+    expected |= {"LEARNING_RATE": "1e-4", "LR_SCHEDULE": "constant", "MAX_STEPS": "600"}
+    expected |= {"--fdl_config": "LLaMA70B", "ICI_MESH_SHAPE": "[1,8,1]"}
+    assert expected.items() <= train.items()
+    assert expected.items() <= evaluate.items()
+
+
+def test_llama_boolq_evaluates_weights_as_they_are(root):
+    (evaluate,) = boolq_commands(root, EVAL_ONLY="1")
+    assert evaluate["--mode"] == "eval" and evaluate["--checkpoint"] == "/weights"
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"VOCAB_PATH": ""}, "set VOCAB_PATH"),
+        ({"CHECKPOINT_RESTORE_PATH": ""}, "set CHECKPOINT_RESTORE_PATH"),
+        ({"USE_LORA": "True"}, "USE_LORA=True: it must be 0 or 1"),
+        ({"USE_MULTIPROCESS": "1"}, "set LOG_DIR to a folder that all processes see"),
+        ({"ENABLE_TE": "1"}, "Transformer Engine is not wired yet"),
+    ],
+)
+def test_llama_boolq_says_what_is_wrong_in_one_line(root, environment, message):
+    process = run(root / "scripts/run_llama_boolq.sh", environment=BOOLQ | environment)
+    assert process.returncode == 2
+    (line,) = process.stderr_text.splitlines()
+    assert message in line
 
 
 def test_xla_flags_are_added_to_the_base_flags(root):
