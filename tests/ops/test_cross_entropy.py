@@ -184,7 +184,7 @@ def test_the_gradient_of_the_table_is_reduced_after_the_loop(name):
     mesh = parallel.Mesh(ici=MESHES[name]).build(jax.devices()[:4])
     with parallel.activate(mesh):
         example = _placed(_example(b, s, d, v), mesh)
-        text = _step(chunk, 0.0).lower(*example).compile().as_text()
+        text = _step(chunk).lower(*example).compile().as_text()
     inside, outside = _collectives(text)
     largest_activation = b * chunk * d  # dx of a chunk, summed over the shards of the vocabulary
     assert max((size for _, size in inside), default=0) <= largest_activation < v * d // 4

@@ -65,7 +65,7 @@ def test_there_and_back(root, tmp_path, config, knobs):
         (["--input=no", "--output=y", "--to=paxlike"], "no is no folder of Hugging Face or Meta"),
         (["--input=no", "--output=y"], "no weights in no: a checkpoint of paxlike (job_log_dir"),
         (["--outptu=y"], "unknown flag --outptu; did you mean --output?"),
-        (["--to=tpu"], "flag --to=tpu: value should be one of <paxlike|huggingface>"),
+        (["--to=tpu"], "flag --to=tpu: value should be one of <paxlike|huggingface|peft>"),
     ],
 )
 def test_mistakes(root, words, line):
