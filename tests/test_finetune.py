@@ -9,8 +9,10 @@ import sys
 
 import pytest
 
+from paxlike.data import stdlib_text
 from paxlike.data.method_task import QUESTION, write
-from tests.runs import ROOT, environment, run, write_text
+from paxlike.data.tokenizers import train_sentencepiece
+from tests.runs import ROOT, environment, run
 
 SMALL = {
     "NUM_KV_HEADS": 2,
@@ -30,7 +32,15 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finetune")
     counts = write(str(folder), max_megabytes=6.0, max_characters=160)
     assert counts["train"] > 1000 and counts["validation"] > 100
-    return folder, write_text(folder)
+    stdlib_text.write(str(folder), max_megabytes=1.0, heldout_percent=10.0)
+    texts = [document.text for document in stdlib_text.documents(max_megabytes=1.0)]
+    train_sentencepiece(texts, output=str(folder / "tiny.model"), vocab_size=512)
+    return folder, {
+        "TRAIN_FILES": str(folder / "train.jsonl"),
+        "EVAL_FILES": str(folder / "heldout.jsonl"),
+        "VOCAB_PATH": str(folder / "tiny.model"),
+        "CACHE_DIR": str(folder / "cache"),
+    }
 
 
 def task(folder, text, **knobs):
@@ -53,15 +63,15 @@ def base(data):
     folder, text = data
     run(
         folder / "base",
-        SMALL | text | {"MAX_STEPS": 40, "LR_COS_DECAY_END": 40, "PACKED_INPUT": True},
+        SMALL | text | {"MAX_STEPS": 80, "LR_COS_DECAY_END": 80, "PACKED_INPUT": True},
         config="QuickstartLLaMA",
     )
     return folder / "base"
 
 
-def tuned(base, data, name, **knobs):
+def tuned(base, data, name, *, num_steps, **knobs):
     """A run on the task from the base; its job_log_dir, evaluated, and its knobs."""
-    steps = {"MAX_STEPS": 60, "LR_COS_DECAY_END": 60, "CHECKPOINT_RESTORE_PATH": base}
+    steps = {"MAX_STEPS": num_steps, "LR_COS_DECAY_END": num_steps, "CHECKPOINT_RESTORE_PATH": base}
     knobs = task(*data, **steps, EVAL_INTERVAL_STEPS=1000, **knobs)
     folder = base.parent / name
     for mode in ("train", "eval"):
@@ -71,12 +81,12 @@ def tuned(base, data, name, **knobs):
 
 @pytest.fixture(scope="module")
 def sft(base, data):
-    return tuned(base, data, "sft", LEARNING_RATE=3e-3)
+    return tuned(base, data, "sft", num_steps=100, LEARNING_RATE=3e-3)
 
 
 @pytest.fixture(scope="module")
 def lora(base, data):
-    return tuned(base, data, "lora", LEARNING_RATE=1e-2, USE_LORA=True, LORA_RANK=16)
+    return tuned(base, data, "lora", num_steps=200, LEARNING_RATE=5e-3, USE_LORA=True, LORA_RANK=16)
 
 
 def convert(source, output, knobs, *flags):
@@ -108,8 +118,8 @@ def test_untrained_for_the_task_it_guesses_and_fine_tuned_it_knows(base, data, s
     folder = base.parent / "zero"
     run(folder, task(*data), "--mode=eval", f"--checkpoint={base}", config="QuickstartLLaMA")
     assert 0.35 < accuracy(folder) < 0.65
-    assert accuracy(sft[0]) > 0.8
-    assert accuracy(lora[0]) > 0.8
+    assert accuracy(sft[0]) > 0.75
+    assert accuracy(lora[0]) > 0.75
 
 
 def test_a_checkpoint_of_adapters_is_small_and_goes_on(lora, sft):
@@ -118,9 +128,9 @@ def test_a_checkpoint_of_adapters_is_small_and_goes_on(lora, sft):
     )
     assert size(lora[0]) < size(sft[0]) / 2
     folder, knobs = lora
-    more = knobs | {"MAX_STEPS": 62, "LR_COS_DECAY_END": 62}
+    more = knobs | {"MAX_STEPS": 202, "LR_COS_DECAY_END": 202}
     done = run(folder, more, config="QuickstartLLaMA")
-    assert "going on from the checkpoint of step 60" in done.stderr
+    assert "going on from the checkpoint of step 200" in done.stderr
     assert "reading frozen weights from" in done.stderr
     lost = {name: value for name, value in knobs.items() if name != "CHECKPOINT_RESTORE_PATH"}
     done = run(folder, lost, "--mode=eval", config="QuickstartLLaMA", expect=2)
@@ -129,7 +139,7 @@ def test_a_checkpoint_of_adapters_is_small_and_goes_on(lora, sft):
 
 def test_adapters_through_the_format_of_peft(lora):
     folder, knobs = lora
-    out = convert(folder, folder.parent / "peft", knobs, "--to=peft", "--checkpoint_step=60")
+    out = convert(folder, folder.parent / "peft", knobs, "--to=peft", "--checkpoint_step=200")
     assert {path.name for path in out.iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -138,7 +148,7 @@ def test_adapters_through_the_format_of_peft(lora):
     run(back, knobs, "--mode=eval", config="QuickstartLLaMA")
     assert (
         accuracy(back)
-        == json.loads((folder / "eval_out/BoolQ/eval_out_00000060.json").read_text())["metrics"][
+        == json.loads((folder / "eval_out/BoolQ/eval_out_00000200.json").read_text())["metrics"][
             "boolq_acc"
         ]["value"]
     )
@@ -152,12 +162,14 @@ def test_hugging_face_gives_the_same_answers(name, data, sft, lora):
     from paxlike.data.tokenizers import SentencePieceTokenizer
 
     folder, knobs = {"sft": sft, "lora": lora}[name]
-    out = convert(folder, folder.parent / f"hf_{name}", knobs, "--checkpoint_step=60")
+    step = {"sft": 100, "lora": 200}[name]
+    out = convert(folder, folder.parent / f"hf_{name}", knobs, f"--checkpoint_step={step}")
     # What was exported is read by ours without a checkpoint of ours, adapters merged.
     plain = {k: v for k, v in knobs.items() if "LORA" not in k and "RESTORE" not in k}
     read = folder.parent / f"read_{name}"
     run(read, plain, "--mode=eval", f"--checkpoint={out}", config="QuickstartLLaMA")
-    metrics = json.loads((folder / "eval_out/BoolQ/eval_out_00000060.json").read_text())["metrics"]
+    result = folder / "eval_out" / "BoolQ" / f"eval_out_{step:08d}.json"
+    metrics = json.loads(result.read_text())["metrics"]
     assert accuracy(read) == metrics["boolq_acc"]["value"]
 
     model = transformers.AutoModelForCausalLM.from_pretrained(out).eval()

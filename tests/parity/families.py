@@ -74,10 +74,11 @@ def reference(small: llama.Llama, *, seed: int = 0) -> transformers.PreTrainedMo
 
 def load(folder: Path, small: llama.Llama, mesh_shape: tuple[int, int, int] = (1, 1, 1)):
     """Our model and the weights of `folder` on a mesh: model, params, mesh."""
-    experiment = fdl.build(small.experiment())
+    tree = small.experiment()  # its data need not be there
+    model, description = fdl.build(tree.model), fdl.build(tree.weights)
     count = mesh_shape[0] * mesh_shape[1] * mesh_shape[2]
     mesh = parallel.Mesh(ici=mesh_shape).build(jax.devices()[:count])
     with parallel.activate(mesh):
-        abstract = abstract_variables(experiment.model, mesh)["params"]
-        params = import_params(folder, abstract, experiment.weights)
-    return experiment.model, params, mesh
+        abstract = abstract_variables(model, mesh)["params"]
+        params = import_params(folder, abstract, description)
+    return model, params, mesh
