@@ -61,7 +61,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--parts", default="step", help=f"some of {','.join(PARTS)}")
-    parser.add_argument("--shapes", default="tiny,126m-slice", help="of the part `step`")
+    parser.add_argument(
+        "--shapes", default="tiny,126m-slice", help="of the parts `step` and `mesh`"
+    )
     parser.add_argument("--rounds", type=int, default=9, help="turns that each side takes")
     parser.add_argument("--steps", type=int, default=2, help="steps of a turn")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])

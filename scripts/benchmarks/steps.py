@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -30,12 +31,13 @@ def step(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def mesh(options: argparse.Namespace) -> dict[str, Any]:
-    """paxlike beside the bare step on four virtual CPU devices."""
-    shape, result = "smoke" if options.smoke else "tiny", {}
-    for name, sizes in MESHES.items():
+    """paxlike beside the bare step on four virtual CPU devices, at each shape."""
+    result = {}
+    for shape, (name, sizes) in itertools.product(options.shapes, MESHES.items()):
         workers = [_jax(kind, shape, devices=4, mesh_shape=sizes) for kind in ("paxlike", "bare")]
-        result[name] = take_turns(workers, options.rounds, options.steps, SHAPES[shape].tokens)
-        show(name, result[name])
+        title = f"{shape}, {name}"
+        result[title] = take_turns(workers, options.rounds, options.steps, SHAPES[shape].tokens)
+        show(title, result[title])
     return result
 
 
