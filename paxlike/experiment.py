@@ -34,7 +34,7 @@ from paxlike.log.run_log import RunLog
 from paxlike.train import loop
 from paxlike.train.best import BestOptions
 from paxlike.train.optimizer import Optimizer
-from paxlike.weights import import_params, is_foreign
+from paxlike.weights import import_params, is_foreign, open_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,6 +201,16 @@ class Experiment:
             path, base, rules=rules, init_params=initial, checksums=self.checkpoints.checksums
         )
         return lora.adopt(found, initial)
+
+    def check_initial_weights(self) -> None:
+        """Raises a one-line ValueError where they are not there; reads no array."""
+        if self.initial_weights is None:
+            return
+        path = Path(self.initial_weights.path)
+        if is_foreign(path):
+            open_folder(path)
+        else:
+            read_metadata(path)
 
     def _import(self, path: Path, abstract: Any) -> Any:
         if self.weights is None:

@@ -214,6 +214,7 @@ class _Run:
                     )
                 state = state.replace(params=merge(state.params, whole))
             return state, restored.step
+        experiment.check_initial_weights()  # before anything is allocated
         self._write_config()
         with log.busy("initialising the parameters"):
             state = jax.block_until_ready(self.factory.initialize(experiment.seed))

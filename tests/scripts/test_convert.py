@@ -66,6 +66,10 @@ def test_there_and_back(root, tmp_path, config, knobs):
         (["--input=no", "--output=y"], "no weights in no: a checkpoint of paxlike (job_log_dir"),
         (["--outptu=y"], "unknown flag --outptu; did you mean --output?"),
         (["--to=tpu"], "flag --to=tpu: value should be one of <paxlike|huggingface|peft>"),
+        (
+            ["--input=no", "--output=y", "--to=peft"],
+            "adapters need a config that has them: --fdl.USE_LORA=True",
+        ),
     ],
 )
 def test_mistakes(root, words, line):
@@ -78,3 +82,20 @@ def test_mistakes(root, words, line):
 def test_help(root):
     done = run(root, "Quickstart", {}, "--help")
     assert done.returncode == 0 and "--max_shard_size" in done.stdout
+
+
+def test_adapters_of_another_rank_are_refused(root, tmp_path):
+    (tmp_path / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}'
+    )
+    done = run(
+        root,
+        "QuickstartLLaMA",
+        {"USE_LORA": True, "CHECKPOINT_RESTORE_PATH": "base"},
+        f"--input={tmp_path}",
+        "--output=y",
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert (
+        "has LORA_RANK=4, LORA_ALPHA=8, LORA_KIND=lora; this config has LORA_RANK=8" in done.stderr
+    )
