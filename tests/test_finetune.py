@@ -154,6 +154,17 @@ def test_adapters_through_the_format_of_peft(lora):
     )
 
 
+def test_a_conversation_with_adapters(lora):
+    folder, knobs = lora
+    chat = knobs | {"DECODE_CHAT": True, "DECODE_MAX_TOKENS": 2, "DECODE_TEMPERATURE": 0}
+    ask = ["--mode=decode", f"--prompt=def f(self): pass\nquestion: {QUESTION}?\nanswer:"]
+    run(folder, chat | {"CHAT_TEMPLATE": "plain"}, *ask, config="QuickstartLLaMA")
+    (file,) = (folder / "decoder_out" / "prompts").glob("*.jsonl")
+    assert json.loads(file.read_text())["text"][0] in "ab"  # the words for yes and no
+    done = run(folder, chat | {"CHAT_TEMPLATE": "llama3"}, *ask, config="QuickstartLLaMA", expect=2)
+    assert "chat template 'llama3' needs the tokens <|start_header_id|>" in done.stderr
+
+
 @pytest.mark.parity
 @pytest.mark.parametrize("name", ["sft", "lora"])
 def test_hugging_face_gives_the_same_answers(name, data, sft, lora):

@@ -111,6 +111,8 @@ def _encode(
 ) -> tuple[list[Prompt], list[list[int]]]:
     """The prompts with the text that is shown, a conversation as it is rendered, and what is fed for each."""
     shown, encoded, chat = [], [], experiment.chat
+    if chat is not None:
+        chat.check(experiment.tokenizer)
     for prompt in asked:
         messages = prompt.messages
         if chat is not None and not messages:
