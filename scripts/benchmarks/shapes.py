@@ -42,6 +42,9 @@ SHAPES = {
     "126m-slice": Shape(
         layers=2, width=768, heads=12, hidden=3072, length=512, rows=2, vocab=50304
     ),
+    "126m-slice-4": Shape(  # rows enough for four devices
+        layers=2, width=768, heads=12, hidden=3072, length=256, rows=4, vocab=50304
+    ),
     "126m": Shape(layers=12, width=768, heads=12, hidden=3072, length=2048, rows=4, vocab=50304),
 }
 
