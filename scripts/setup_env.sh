@@ -133,14 +133,15 @@ pip_install() {
 }
 
 # On Linux the registry's torch pulls gigabytes of CUDA packages; a CPU build is told by its local
-# version. CPU builds differ from place to place, so torch alone is locked by version, not by hash.
+# version. CPU builds differ from place to place, so torch alone is locked by version, not by hash;
+# the rest of the lock is whole, and --no-deps keeps a package that names torch from asking for it.
 install_parity() {
     local torch
     torch=$(sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
     [[ $(uname) == Linux ]] && torch+=+cpu
     say "installing $torch for the parity tests"
     if pip_install --quiet --no-deps --only-binary :all: "$torch" > /dev/null; then
-        install --require-hashes -r requirements/parity.txt ||
+        install --no-deps --require-hashes -r requirements/parity.txt ||
             die "the parity packages could not be installed (see above)"
     else
         say "pip finds no $torch for Python $base_version: the parity tests will be skipped" \

@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import sys
 import tomllib
 
 import pytest
@@ -97,3 +98,9 @@ def test_setup_finds_the_version_of_torch(root, project):
     command = ["sed", "-n", expression, root / "pyproject.toml"]
     found = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
     assert found == [item for item in project["optional-dependencies"]["parity"] if "torch" in item]
+
+
+def test_what_is_installed_is_whole():
+    """`setup_env.sh` installs the parity lock without its dependencies: the lock has to name all."""
+    done = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
