@@ -37,12 +37,69 @@ class MeshKnobs(Knobs):
         1,
         1,
     )
-    MESH_AXES: Annotated[tuple[str, ...], "names of the mesh axes"] = parallel.AXES
+    MESH_AXES: Annotated[
+        tuple[str, ...], "names of the mesh axes, outermost first; pipeline and context are others"
+    ] = parallel.AXES
     PERCORE_BATCH_SIZE: Annotated[float, "rows per device and step, may be a fraction"] = 4
-    NUM_MICROBATCHES: Annotated[int, "parts of the batch whose gradients are accumulated"] = 1
+    NUM_MICROBATCHES: Annotated[
+        int, "parts of the batch: follow one another through a pipeline, or are accumulated"
+    ] = 1
+    MICROBATCH_SIZE: Annotated[
+        int | None, "rows of such a part over all devices, in place of NUM_MICROBATCHES"
+    ] = None
+    NUM_STAGES: Annotated[
+        int | None, "pipeline stages: the first of four mesh sizes; None: what MESH_AXES say"
+    ] = None
+    CIRCULAR_REPEAT: Annotated[
+        int, "times that a microbatch goes through the pipeline, each time with other layers"
+    ] = 1
     FPROP_DTYPE: Annotated[
         Literal["bfloat16", "float32"], "compute dtype; parameters are float32"
     ] = "bfloat16"
+
+    def mesh(self) -> parallel.Mesh:
+        """The mesh that the knobs describe.
+
+        Raises:
+          ValueError: NUM_STAGES is not what the mesh has.
+        """
+        axes, ici, dcn = self.MESH_AXES, self.ICI_MESH_SHAPE, self.DCN_MESH_SHAPE
+        if self.NUM_STAGES is not None and axes == parallel.AXES and len(ici) == len(axes) + 1:
+            axes, dcn = ("pipeline", *axes), (1,) * (len(ici) - len(dcn)) + dcn
+        if set(dcn) == {1}:  # nothing crosses nodes, whatever the axes
+            dcn = (1,) * len(ici)
+        mesh = parallel.Mesh(ici=ici, dcn=dcn, axes=axes)
+        stages = mesh.shape.get("pipeline", 1)
+        if self.NUM_STAGES not in (None, stages):
+            raise ValueError(
+                f"NUM_STAGES={self.NUM_STAGES}, but the mesh has {stages} pipeline stage(s): give ICI_MESH_SHAPE and "
+                f"DCN_MESH_SHAPE four entries, of {', '.join(('pipeline', *parallel.AXES))}, whose first ones multiply "
+                f"to {self.NUM_STAGES}"
+            )
+        return mesh
+
+    def microbatches(self) -> int:
+        """Parts of the batch.
+
+        Raises:
+          ValueError: MICROBATCH_SIZE does not divide the batch, or is given beside NUM_MICROBATCHES.
+        """
+        size, mesh = self.MICROBATCH_SIZE, self.mesh()
+        if size is None:
+            return self.NUM_MICROBATCHES
+        if self.NUM_MICROBATCHES != 1:
+            raise ValueError(
+                f"MICROBATCH_SIZE={size} and NUM_MICROBATCHES={self.NUM_MICROBATCHES} say the same: leave one out"
+            )
+        if -1 in mesh.ici:
+            raise ValueError(
+                f"MICROBATCH_SIZE={size} needs the sizes of the mesh, and ICI_MESH_SHAPE={list(mesh.ici)} leaves one "
+                "open: set NUM_MICROBATCHES"
+            )
+        rows = mesh.global_batch_size(self.PERCORE_BATCH_SIZE)
+        if size < 1 or rows % size:
+            raise ValueError(f"MICROBATCH_SIZE={size} does not divide the batch of {rows} rows")
+        return rows // size
 
 
 class OptimizerKnobs(Knobs):
@@ -217,18 +274,17 @@ class LanguageModelKnobs(
 
     def experiment(self) -> fdl.Config[Experiment]:
         """The whole tree."""
+        mesh = self.mesh()
         return fdl.Config(
             Experiment,
             name=type(self).__name__,
             model=self.model(),
             task=fdl.Config(CausalLanguage, z_loss=self.Z_LOSS_WEIGHT, chunk=self.LOGITS_CHUNK),
             optimizer=self.optimizer(),
-            mesh=fdl.Config(
-                parallel.Mesh, ici=self.ICI_MESH_SHAPE, dcn=self.DCN_MESH_SHAPE, axes=self.MESH_AXES
-            ),
+            mesh=fdl.Config(parallel.Mesh, ici=mesh.ici, dcn=mesh.dcn, axes=mesh.axes),
             num_steps=self.MAX_STEPS,
             percore_batch_size=self.PERCORE_BATCH_SIZE,
-            num_microbatches=self.NUM_MICROBATCHES,
+            num_microbatches=self.microbatches(),
             seed=self.SEED,
             compute_dtype=self.FPROP_DTYPE,
             train_data=self.train_data(),

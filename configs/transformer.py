@@ -7,8 +7,9 @@ from flax import linen as nn
 from flax.linen import fp8_ops
 
 from configs.language import LanguageModelKnobs
+from paxlike import parallel
 from paxlike.layers.embedding import Embedding
-from paxlike.layers.stack import REMAT_POLICIES, Stack
+from paxlike.layers.stack import REMAT_POLICIES, Pipeline, Stack
 
 
 class TransformerKnobs(LanguageModelKnobs, abstract=True):
@@ -48,12 +49,24 @@ class TransformerKnobs(LanguageModelKnobs, abstract=True):
             raise ValueError(
                 f"NUM_LAYERS={self.NUM_LAYERS} is not a multiple of the {len(period)} blocks of a period"
             )
+        repeats, microbatches = self.NUM_LAYERS // len(period), self.microbatches()
+        stages = self.mesh().shape.get("pipeline", 1)
+        if stages > 1 and self.USE_FP8:
+            raise ValueError(f"USE_FP8=True cannot be used with {stages} pipeline stages yet")
+        parallel.check_pipeline(
+            stages, layers=repeats, microbatches=microbatches, repeats=self.CIRCULAR_REPEAT
+        )
+        pipeline = {
+            "num_microbatches": microbatches if stages > 1 else 1,
+            "repeats": self.CIRCULAR_REPEAT,
+        }
         return fdl.Config(
             Stack,
             period=period,
-            repeats=self.NUM_LAYERS // len(period),
+            repeats=repeats,
             remat=self.CHECKPOINT_POLICY,
             scan=self.USE_REPEATED_LAYER,
+            pipeline=fdl.Config(Pipeline, **pipeline),
         )
 
     def table(self, **options: Any) -> fdl.Config[Embedding]:

@@ -28,8 +28,10 @@ def set_mesh(mesh: Mesh) -> contextlib.AbstractContextManager:
 
 
 def current_mesh_shape() -> dict[str, int]:
-    """Axis sizes of the mesh in force, `{}` outside any."""
-    return dict(jax.sharding.get_abstract_mesh().shape)
+    """Sizes of the axes of the mesh in force that are the compiler's to use, `{}` outside any."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+    return {name: size for name, size, kind in kinds if kind != AxisType.Manual}
 
 
 def program_cache(folder: str | os.PathLike) -> Path:

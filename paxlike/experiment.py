@@ -79,7 +79,8 @@ class Experiment:
       mesh, rules: shape of the device mesh, and logical axis -> mesh axis.
       num_steps: optimizer steps of the whole run.
       percore_batch_size: rows per device and step; may be a fraction.
-      num_microbatches: parts of the batch whose gradients are accumulated.
+      num_microbatches: parts of the batch; on a mesh with a pipeline they go through it, elsewhere their gradients are
+        accumulated.
       train_data, eval_data: loaders; the held-out ones by name.
       tokenizer: text <-> ids, None where there is no text.
       initial_weights: what a fresh run starts from, None for random weights.
@@ -115,13 +116,19 @@ class Experiment:
     def global_batch_size(self) -> int:
         """Rows of one step over all devices; ValueError where the numbers do not fit together."""
         rows = self.mesh.global_batch_size(self.percore_batch_size)
-        if rows % (self.num_microbatches * self.mesh.num_batch_shards):
-            shards = self.mesh.num_batch_shards
+        # A pipeline holds different microbatches at its stages: each is spread over the other axes only.
+        shards = self.mesh.num_batch_shards // self.mesh.shape.get("pipeline", 1)
+        if rows % (self.num_microbatches * shards):
             raise ValueError(
                 f"NUM_MICROBATCHES={self.num_microbatches} does not divide the {rows // shards} rows of each of the "
                 f"{shards} batch shards ({rows} rows in all)"
             )
         return rows
+
+    @property
+    def num_accumulated(self) -> int:
+        """Parts of the batch whose gradients are accumulated."""
+        return 1 if self.mesh.shape.get("pipeline", 1) > 1 else self.num_microbatches
 
     def check(self) -> None:
         """Raises one clear ValueError for what cannot work, before anything is allocated."""

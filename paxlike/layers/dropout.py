@@ -1,15 +1,72 @@
-"""Dropout (Srivastava et al. 2014)."""
+"""Dropout (Srivastava et al. 2014), whose mask is a function of the key, the layer, the row and the token alone.
+
+So it is the same on every mesh: where a pipeline cuts a batch into microbatches, and where the tokens of a row are
+dealt out to devices in another order.
+"""
 
 from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import zlib
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class Noise:
+    """What the masks of a model, or of one of its layers, are made from.
+
+    Attributes:
+      key: of this layer; None where nothing is dropped.
+      depth: length of the module path down to what `key` belongs to.
+      rows: number of each row in the batch of the step; None counts from 0.
+      places: place of each token in its row; None counts from 0.
+      shape: number of rows, and of tokens in each.
+    """
+
+    key: jax.Array | None
+    shape: tuple[int, ...]
+    depth: int = 0
+    rows: Int[Array, "b"] | None = None
+    places: Int[Array, "b s"] | None = None
+
+
+_noise: contextvars.ContextVar[Noise | None] = contextvars.ContextVar("noise", default=None)
+
+
+@contextlib.contextmanager
+def noise(new: Noise) -> Iterator[None]:
+    """Inside it masks are made from `new`."""
+    token = _noise.set(new)
+    try:
+        yield
+    finally:
+        _noise.reset(token)
+
+
+def current_noise() -> Noise | None:
+    """The noise in force, None outside a model."""
+    return _noise.get()
+
+
+def noisy() -> bool:
+    """Whether masks are drawn here, from the noise in force."""
+    there = current_noise()
+    return there is not None and there.key is not None
 
 
 class Dropout(nn.Module):
-    """Zeroes entries with probability `rate` and scales the rest by 1 / (1 - rate); active while training."""
+    """Zeroes entries with probability `rate` and scales the rest by 1 / (1 - rate); active while training.
+
+    The mask comes from the noise in force, or, outside a model, from the key `dropout`. The leading dimensions of what
+    is dropped are rows and tokens, or both in one.
+    """
 
     rate: float = 0.0
 
@@ -19,5 +76,35 @@ class Dropout(nn.Module):
             return x
         if not 0.0 < self.rate < 1.0:
             raise ValueError(f"a dropout rate is in [0, 1), got {self.rate}")
-        keep = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - self.rate, x.shape)
+        there = current_noise()
+        if there is None or there.key is None:
+            keep = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - self.rate, x.shape)
+        else:
+            keep = self._mask(there, x.shape)
         return jnp.where(keep, x / (1.0 - self.rate), jnp.zeros_like(x))
+
+    def _mask(self, there: Noise, shape: tuple[int, ...]) -> jax.Array:
+        path = "/".join(self.path[there.depth :])
+        key = jax.random.fold_in(there.key, zlib.crc32(path.encode()))
+        key = _mask_key(there, key, shape)
+        size = shape[key.ndim :]
+        draw = lambda k: jax.random.bernoulli(k, 1.0 - self.rate, size)
+        for _ in range(key.ndim):
+            draw = jax.vmap(draw)
+        return draw(key)
+
+
+def _mask_key(there: Noise, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """A key for each token: (b, s), or (b * s,) where the entries have their rows and tokens in one dimension."""
+    b, s = there.shape
+    rows = jnp.arange(b) if there.rows is None else there.rows
+    places = jnp.broadcast_to(jnp.arange(s), (b, s)) if there.places is None else there.places
+    of_rows = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
+    keys = jax.vmap(lambda row, places: jax.vmap(lambda p: jax.random.fold_in(row, p))(places))(
+        of_rows, places
+    )
+    if shape[:2] == (b, s):
+        return keys
+    if shape[0] != b * s:
+        raise ValueError(f"dropout of an array of shape {shape} among {b} rows of {s} tokens")
+    return keys.reshape(b * s)

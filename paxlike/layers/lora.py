@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from paxlike.layers.dropout import Dropout
+from paxlike.layers.dropout import Dropout, noisy
 from paxlike.ops import quantized
 from paxlike.ops.matmul import matmul
 
@@ -119,7 +119,7 @@ class Adapter(nn.Module):
         )
         p, c = math.prod(self.inputs), math.prod(parts)
         a, b = a.reshape(c, p, lora.rank), b.reshape(c, lora.rank, -1)
-        if lora.dropout and self.has_rng("dropout"):
+        if lora.dropout and (noisy() or self.has_rng("dropout")):
             x = Dropout(lora.dropout, name="dropout")(x, train=True)
         y = y + (lora.scale * _thin(x, a.astype(self.dtype), b.astype(self.dtype))).reshape(y.shape)
         if lora.kind == "dora":

@@ -16,6 +16,8 @@ class Sequence:
     Attributes:
       positions: position of each token in its document; None counts from 0 in each row.
       segments: document number of each token, 0 for padding; None where a row is one document.
+      rows: number of each row in the batch of the step, None where they are all here, in order.
+      places: place of each token in its row, None where they are all here, in order.
       offset: number of tokens of each row that the cache holds already; None while nothing is cached.
       repeat: which part of a cache that holds all repeats of a stack is this layer's; None where it holds one layer.
       train: dropout and other noise are active.
@@ -24,6 +26,8 @@ class Sequence:
 
     positions: Int[Array, "b s"] | None = None
     segments: Int[Array, "b s"] | None = None
+    rows: Int[Array, "b"] | None = None
+    places: Int[Array, "b s"] | None = None
     offset: Int[Array, "b"] | None = None
     repeat: Int[Array, ""] | None = None
     train: bool = dataclasses.field(default=False, metadata={"static": True})

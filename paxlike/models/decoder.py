@@ -14,7 +14,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from paxlike import parallel
-from paxlike.layers.dropout import Dropout
+from paxlike.layers.dropout import Dropout, Noise, noise
 from paxlike.layers.embedding import Embedding
 from paxlike.layers.sequence import Sequence
 
@@ -89,12 +89,16 @@ class Decoder(nn.Module):
         """
         if positions is None and offset is not None:
             positions = offset[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
-        sequence = Sequence(positions, segments, offset, train=train, cache_length=cache_length)
+        sequence = Sequence(
+            positions, segments, offset=offset, train=train, cache_length=cache_length
+        )
         x = self.embedding(tokens)
         if self.position is not None:
             x = self.position(x, positions)
-        x = parallel.shard(self.dropout(x, train=train), "batch", "length", "act_embed")
-        x = self.norm(self.stack(x, sequence))
+        key = self.make_rng("dropout") if train and self.has_rng("dropout") else None
+        with noise(Noise(key, x.shape[:2], rows=sequence.rows, places=sequence.places)):
+            x = parallel.shard(self.dropout(x, train=train), "batch", "length", "act_embed")
+            x = self.norm(self.stack(x, sequence))
         head = self.embedding if self.head is None else self.head
         x = parallel.shard(x, "batch", "length", "act_embed")
         return Output(x, head.table, self.logit_cap)

@@ -19,7 +19,7 @@ from jax.experimental import mesh_utils
 from paxlike import compat
 
 AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")  # the axes over which the rows of a batch are spread
+BATCH_AXES = ("pipeline", "data", "fsdp")  # over which the rows of a batch are spread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +67,11 @@ class Mesh:
         return math.prod(self.shape.values())
 
     @property
+    def batch_axes(self) -> tuple[str, ...]:
+        """Axes of this mesh over which the rows of a batch are spread."""
+        return tuple(axis for axis in BATCH_AXES if axis in self.axes)
+
+    @property
     def num_batch_shards(self) -> int:
         """Parts into which the rows of a batch are split."""
         return math.prod(self.shape.get(axis, 1) for axis in BATCH_AXES)
@@ -94,7 +99,7 @@ class Mesh:
             nearest = max(1, round(exact / shards)) * shards
             raise ValueError(
                 f"PERCORE_BATCH_SIZE={percore_batch_size} x {self.num_devices} devices = {float(exact):g} rows do not "
-                f"divide over data x fsdp = {shards}; the nearest that fits is "
+                f"divide over {' x '.join(self.batch_axes)} = {shards}; the nearest that fits is "
                 f"PERCORE_BATCH_SIZE={_shortest(nearest, self.num_devices)} ({nearest} rows)"
             )
         return exact.numerator

@@ -32,15 +32,15 @@ DEFAULT_RULES: Rules = {
     "mlp": "tensor",
     "norm": None,
     "position": None,
-    "layers": None,
+    "layers": "pipeline",
     # activations
-    "batch": ("data", "fsdp"),
+    "batch": ("pipeline", "data", "fsdp"),
     "length": None,
     "act_embed": None,
     "act_heads": "tensor",
     "act_mlp": "tensor",
     "act_vocab": "tensor",
-    "batch_shards": ("data", "fsdp"),
+    "batch_shards": ("pipeline", "data", "fsdp"),
 }
 
 _rules: contextvars.ContextVar[Rules] = contextvars.ContextVar("rules", default=DEFAULT_RULES)

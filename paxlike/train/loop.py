@@ -274,7 +274,7 @@ class _Run:
             experiment.model,
             experiment.task,
             experiment.optimizer,
-            experiment.num_microbatches,
+            experiment.num_accumulated,
             experiment.seed,
             shardings.params if self.mesh.size > 1 else None,
         )
@@ -290,9 +290,10 @@ class _Run:
     def _flops(self) -> int:
         variables = {"params": self.abstract.params, **self.abstract.collections}
         model = self.experiment.model
-        return train_flops(
-            lambda v, b: self.experiment.task.forward(model, v, b), variables, self.spec
-        )
+        with parallel.without_pipeline():
+            return train_flops(
+                lambda v, b: self.experiment.task.forward(model, v, b), variables, self.spec
+            )
 
     def _evaluators(self) -> list[Evaluator]:
         return (

@@ -1,0 +1,250 @@
+"""Pipeline parallelism: the layers of a stack spread over the mesh axis `pipeline`, microbatches passed along it.
+
+The schedule is the collective one of GPipe (Huang et al. 2019) and, with `repeats` above 1, of the interleaved pipeline
+(Narayanan et al. 2021, section 2.2; Pax calls it circular): every stage computes at every tick, and hands its result to
+the next one on a ring. With S stages, M microbatches and R repeats there are M R + S - 1 ticks, of which S - 1 find a
+stage with nothing to do: a bubble of (S - 1) / (M R + S - 1).
+
+Everything here is manual over `pipeline` alone: the other axes stay the compiler's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from paxlike import compat
+
+AXIS = "pipeline"
+LAYER_INPUT = (
+    "pipeline_layer_input"  # a stage gives this name (`checkpoint_name`) to what each layer reads
+)
+PyTree = Any
+
+_off: contextvars.ContextVar[bool] = contextvars.ContextVar("off", default=False)
+
+
+@contextlib.contextmanager
+def without_pipeline() -> Iterator[None]:
+    """Inside it stacks are traced as one loop over their layers: FLOPs are counted on that, without the bubble."""
+    token = _off.set(True)
+    try:
+        yield
+    finally:
+        _off.reset(token)
+
+
+def num_stages() -> int:
+    """Stages of the mesh in force; 1 inside a stage and outside a mesh."""
+    return 1 if _off.get() else compat.current_mesh_shape().get(AXIS, 1)
+
+
+def check_pipeline(stages: int, *, layers: int, microbatches: int, repeats: int = 1) -> None:
+    """Raises one line where layers or microbatches do not fit the stages."""
+    if repeats < 1:
+        raise ValueError(f"CIRCULAR_REPEAT={repeats} must be at least 1")
+    if stages == 1:
+        if repeats > 1:
+            raise ValueError(
+                f"CIRCULAR_REPEAT={repeats} needs a pipeline: give the mesh an axis '{AXIS}' (NUM_STAGES)"
+            )
+        return
+    if layers % (stages * repeats):
+        down = max(n for n in range(1, stages + 1) if layers % (n * repeats) == 0 or n == 1)
+        raise ValueError(
+            f"{layers} repeats of the stack's blocks do not divide over NUM_STAGES={stages} x "
+            f"CIRCULAR_REPEAT={repeats}; use a multiple of {stages * repeats}, or {down} stages"
+        )
+    if microbatches % stages:
+        up = -(-microbatches // stages) * stages
+        raise ValueError(
+            f"NUM_MICROBATCHES={microbatches} is not a multiple of NUM_STAGES={stages}; use {up}, or more: of "
+            f"{stages} stages a share of {stages - 1} / (NUM_MICROBATCHES x {repeats} + {stages - 1}) stands idle"
+        )
+
+
+def bubble(stages: int, microbatches: int, repeats: int = 1) -> float:
+    """Share of the ticks in which a stage has nothing to do."""
+    return (stages - 1) / (microbatches * repeats + stages - 1)
+
+
+def pipeline(
+    stage: Callable[[PyTree, jax.Array, jax.Array, PyTree], jax.Array],
+    weights: PyTree,
+    x: jax.Array,
+    extras: PyTree,
+    *,
+    num_microbatches: int,
+    repeats: int = 1,
+    policy: Callable[..., Any] | None = None,
+) -> jax.Array:
+    """`x` (b, ...) through all layers, b rows in `num_microbatches` parts.
+
+    Args:
+      stage: `(weights of some layers, number of the first of them, x, extras) -> x` of one microbatch.
+      weights: of all layers, stacked in a leading dimension that is spread over the axis; with `repeats` above 1 they
+        change places once a step, so that what is stored, and saved, is in the order of the layers.
+      policy: what the backward pass keeps, as in `jax.checkpoint`; None keeps everything.
+      extras: arrays of b rows that each stage needs beside `x` (positions, segments).
+    """
+    stages = num_stages()
+    layers = jax.tree.leaves(weights)[0].shape[0]
+    check_pipeline(stages, layers=layers, microbatches=num_microbatches, repeats=repeats)
+    local = functools.partial(
+        _local,
+        stage,
+        stages=stages,
+        num_microbatches=num_microbatches,
+        repeats=repeats,
+        policy=policy,
+    )
+    spread = P(AXIS)
+    run = jax.shard_map(
+        local, in_specs=(spread,) * 4, out_specs=spread, axis_names={AXIS}, check_vma=False
+    )
+    # Each stage is told its number: an axis index cannot be lowered where other axes are the compiler's.
+    return run(jnp.arange(stages), weights, x, extras)
+
+
+def _local(
+    stage, number, weights, x, extras, *, stages: int, num_microbatches: int, repeats: int, policy
+):
+    """What one stage does; `weights` are its layers, `x` and `extras` its share of the rows."""
+    me = number[0]
+    rounds = _exchange(weights, me, stages, repeats)
+    per_round = jax.tree.leaves(rounds)[0].shape[1]
+    mine = num_microbatches // stages
+    inputs = _to_all(_split(x, mine), stages)
+    beside = jax.tree.map(lambda a: _to_all(_split(a, mine), stages), extras)
+    to_next = [(i, (i + 1) % stages) for i in range(stages)]
+    group = stages * repeats  # work that a stage does on as many microbatches as there are stages
+
+    def compute(rounds, turn, first, state, extra):
+        own = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, turn, keepdims=False), rounds)
+        return stage(own, first, state, extra)
+
+    compute = jax.checkpoint(compute, policy=functools.partial(_keeps, policy), prevent_cse=False)
+
+    def tick(carry, time):
+        state, outputs = carry
+        # Microbatches come in groups of as many as there are stages: what the last stage ends in one tick, the first
+        # one takes up again, one repeat further, in the next.
+        work = jnp.clip(time - me, 0, num_microbatches * repeats - 1)
+        turn = (work % group) // stages
+        which = (work // group) * stages + work % stages
+        fresh = jax.lax.dynamic_index_in_dim(inputs, which, keepdims=False)
+        state = jnp.where((me == 0) & (turn == 0), fresh, state)
+        extra = jax.tree.map(
+            lambda a: jax.lax.dynamic_index_in_dim(a, which, keepdims=False), beside
+        )
+        state = compute(rounds, turn, (turn * stages + me) * per_round, state, extra)
+        done = (me == stages - 1) & (turn == repeats - 1) & (time >= me)
+        before = jax.lax.dynamic_index_in_dim(outputs, which, keepdims=False)
+        outputs = jax.lax.dynamic_update_index_in_dim(
+            outputs, jnp.where(done, state, before), which, 0
+        )
+        return (jax.lax.ppermute(state, AXIS, to_next), outputs), None
+
+    start = (jnp.zeros_like(inputs[0]), jnp.zeros_like(inputs))
+    ticks = jnp.arange(num_microbatches * repeats + stages - 1)
+    (_, outputs), _ = jax.lax.scan(tick, start, ticks)
+    # The last stage hands each one the rows that it had.
+    outputs = outputs.reshape(stages, mine, *outputs.shape[1:])
+    outputs = jax.lax.all_to_all(outputs, AXIS, split_axis=0, concat_axis=0)[-1]
+    return jnp.moveaxis(outputs, 0, 1).reshape(x.shape)
+
+
+def _to_all(x: jax.Array, stages: int) -> jax.Array:
+    """(parts, ...) of each stage -> (stages * parts, ...) of all, on all: an all-gather.
+
+    As an all-to-all, whose derivative has no reduction in it: XLA:CPU dies of 16-bit ones in such a program.
+    """
+    copies = jnp.broadcast_to(x, (stages, *x.shape))
+    gathered = jax.lax.all_to_all(copies, AXIS, split_axis=0, concat_axis=0)
+    return gathered.reshape(stages * x.shape[0], *x.shape[1:])
+
+
+def _keeps(policy, primitive, *operands, **options):
+    """What is kept of a tick: what `policy` says and where each layer starts, but no copy of the weights.
+
+    They are there for all ticks; the slices of them that one tick reads are taken again.
+    """
+    if primitive.name in ("dynamic_slice", "squeeze"):
+        return False
+    if primitive.name == "name" and options["name"] == LAYER_INPUT:
+        return True
+    return True if policy is None else policy(primitive, *operands, **options)
+
+
+def _split(x: jax.Array, parts: int) -> jax.Array:
+    """(b, ...) -> (parts, b / parts, ...), every parts-th row in one part so that each spans all batch shards."""
+    b, *rest = x.shape
+    if b % parts:
+        raise ValueError(f"{b} rows of a pipeline stage do not divide into {parts} microbatches")
+    return jnp.moveaxis(x.reshape(b // parts, parts, *rest), 1, 0)
+
+
+def _exchange(weights: PyTree, me: jax.Array, stages: int, repeats: int) -> PyTree:
+    """(layers of this shard, ...) -> (repeats, layers per round, ...): those that this stage computes with.
+
+    Stored, a shard has consecutive layers; in round r, stage s computes group r * stages + s of them.
+    """
+    size = jax.tree.leaves(weights)[0].shape[0] // repeats
+    parts = jax.tree.map(lambda w: w.reshape(repeats, size, *w.shape[1:]), weights)
+    if repeats == 1:
+        return parts
+    sends = _rounds_of_sends(stages, repeats)
+
+    def move(w):
+        received = jnp.zeros_like(w)
+        for pairs in sends:  # (source, destination, slot at the source, slot at the destination)
+            source_slot = jnp.array([slot for _, _, slot, _ in sorted(pairs)])[me]
+            target_slot = jnp.array([s for _, s in sorted((p[1], p[3]) for p in pairs)])[me]
+            sent = jax.lax.dynamic_index_in_dim(w, source_slot, keepdims=False)
+            sent = jax.lax.ppermute(sent, AXIS, [(a, b) for a, b, _, _ in pairs])
+            received = jax.lax.dynamic_update_index_in_dim(received, sent, target_slot, 0)
+        return received
+
+    return jax.tree.map(move, parts)
+
+
+@functools.cache
+def _rounds_of_sends(
+    stages: int, repeats: int
+) -> tuple[tuple[tuple[int, int, int, int], ...], ...]:
+    """The exchange as `repeats` permutations: a regular bipartite graph falls apart into them (König 1916)."""
+    left = [
+        (group // repeats, group % stages, group % repeats, group // stages)
+        for group in range(stages * repeats)
+    ]
+    rounds = []
+    for _ in range(repeats):
+        sends = _one_to_one(left, stages)
+        rounds.append(tuple(sorted(sends)))
+        left = [send for send in left if send not in sends]
+    return tuple(rounds)
+
+
+def _one_to_one(sends: list[tuple[int, int, int, int]], stages: int):
+    """Of `sends`, one from and one to each stage, by augmenting paths."""
+    taken: dict[int, tuple[int, int, int, int]] = {}  # destination -> send
+
+    def place(source: int, tried: set[int]) -> bool:
+        for send in sends:
+            if send[0] == source and send[1] not in tried:
+                tried.add(send[1])
+                if send[1] not in taken or place(taken[send[1]][0], tried):
+                    taken[send[1]] = send
+                    return True
+        return False
+
+    for source in range(stages):
+        place(source, set())
+    return taken.values()
