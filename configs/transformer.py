@@ -8,8 +8,9 @@ from flax.linen import fp8_ops
 
 from configs.language import LanguageModelKnobs
 from paxlike import parallel
+from paxlike.layers import remat
 from paxlike.layers.embedding import Embedding
-from paxlike.layers.stack import REMAT_POLICIES, Pipeline, Stack
+from paxlike.layers.stack import Pipeline, Stack
 
 
 class TransformerKnobs(LanguageModelKnobs, abstract=True):
@@ -36,8 +37,11 @@ class TransformerKnobs(LanguageModelKnobs, abstract=True):
         bool, "scan over layers: compile time does not grow with depth"
     ] = False
     CHECKPOINT_POLICY: Annotated[
-        str, "what is kept for the backward pass; SAVE_NOTHING recomputes all"
+        str, "what is kept for the backward pass: a policy, or tensors between commas, host:TENSOR"
     ] = "SAVE_EVERYTHING"
+    CHECKPOINT_LAYERS: Annotated[
+        str, "repeats of the blocks that CHECKPOINT_POLICY holds for: all, first:K or every:K"
+    ] = "all"
     USE_CUDNN_FLASH_ATTENTION: Annotated[
         bool | None, "cuDNN attention; None: where it can serve"
     ] = None
@@ -53,6 +57,12 @@ class TransformerKnobs(LanguageModelKnobs, abstract=True):
         stages = self.mesh().shape.get("pipeline", 1)
         if stages > 1 and self.USE_FP8:
             raise ValueError(f"USE_FP8=True cannot be used with {stages} pipeline stages yet")
+        remat.choice_of(self.CHECKPOINT_LAYERS, repeats)
+        if self.CHECKPOINT_LAYERS != "all" and (stages > 1 or self.USE_FP8):
+            other = f"{stages} pipeline stages" if stages > 1 else "USE_FP8=True"
+            raise ValueError(
+                f"CHECKPOINT_LAYERS='{self.CHECKPOINT_LAYERS}' cannot be used with {other}: set it to all"
+            )
         parallel.check_pipeline(
             stages, layers=repeats, microbatches=microbatches, repeats=self.CIRCULAR_REPEAT
         )
@@ -65,6 +75,7 @@ class TransformerKnobs(LanguageModelKnobs, abstract=True):
             period=period,
             repeats=repeats,
             remat=self.CHECKPOINT_POLICY,
+            remat_layers=self.CHECKPOINT_LAYERS,
             scan=self.USE_REPEATED_LAYER,
             pipeline=fdl.Config(Pipeline, **pipeline),
         )
@@ -110,10 +121,7 @@ class TransformerKnobs(LanguageModelKnobs, abstract=True):
 
     def check_sizes(self) -> None:
         """Refuses names and sizes that no layer could work with, in terms of the knobs."""
-        if self.CHECKPOINT_POLICY not in REMAT_POLICIES:
-            raise ValueError(
-                f"CHECKPOINT_POLICY='{self.CHECKPOINT_POLICY}' is none of {', '.join(REMAT_POLICIES)}"
-            )
+        remat.policy_of(self.CHECKPOINT_POLICY)
         for name in ("NUM_LAYERS", "NUM_HEADS", "MODEL_DIMS", "HIDDEN_DIMS", "VOCAB_SIZE"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")

@@ -12,7 +12,7 @@ from configs.cli.environment import VARIABLES
 from configs.cli.registry import scan
 from configs.cli.request import FLAGS
 from configs.knobs import knobs
-from paxlike.layers.stack import REMAT_POLICIES
+from paxlike.layers.remat import REMAT_POLICIES
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

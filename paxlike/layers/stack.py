@@ -8,6 +8,7 @@ checkpoints.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,36 +17,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from paxlike import parallel
-from paxlike.layers.dropout import Noise, current_noise, noise, noisy
+from paxlike.layers.dropout import Noise, current_noise, noise
+from paxlike.layers.remat import Policy, choice_of, keep_all, policy_of
 from paxlike.layers.sequence import Sequence
 
-_QKV = ("combined_qkv_proj", "query_proj", "key_proj", "value_proj")
-_MLPERF = (*_QKV, "context", "out_proj")
-_policies = jax.checkpoint_policies
-
-# What the backward pass keeps, by Pax's names. None: everything is kept (no rematerialisation).
-REMAT_POLICIES = {
-    "SAVE_EVERYTHING": None,
-    "SAVE_NOTHING": _policies.nothing_saveable,
-    "SAVE_DOT_ONLY": _policies.dots_saveable,
-    "SAVE_DOT_WITH_NO_BATCH_DIM": _policies.dots_with_no_batch_dims_saveable,
-    "SAVE_QKV_OUT_PROJ": _policies.save_only_these_names("combined_qkv_proj", "out_proj"),
-    "SAVE_QKV_OUT_PROJ_SEPARATE": _policies.save_only_these_names(*_QKV[1:], "out_proj"),
-    "SAVE_CONTEXT": _policies.save_only_these_names("context"),
-    "SAVE_OUT_PROJ": _policies.save_only_these_names("out_proj"),
-    "SAVE_CONTEXT_AND_OUT_PROJ": _policies.save_only_these_names("context", "out_proj"),
-    "SAVE_DOT_FOR_MLPERF_200B": _policies.save_only_these_names(*_MLPERF),
-    "SAVE_DOT_EXCEPT_LOGITS_FFN1": _policies.save_only_these_names(*_MLPERF, "ffn2"),
-    "SAVE_DOT_EXCEPT_LOGITS": _policies.save_only_these_names(
-        *_MLPERF, "ffn2", "ffn1", "ffn1_gate"
-    ),
-    "SAVE_TRANSFORMER_LAYER_OUTPUT": _policies.save_only_these_names("transformer_layer_out"),
-}
-
-
-def _all_but_moved(primitive, *_, **__) -> bool:
-    """A policy that keeps what was computed, not what was only gathered or given another shape or name."""
-    return primitive.name not in ("sharding_constraint", "name", "reshape", "transpose", "squeeze")
+PyTree = Any
 
 
 class Period(nn.Module):
@@ -86,9 +62,10 @@ class Stack(nn.Module):
     Attributes:
       period: the blocks of one repeat; one block for GPT, two for a model that alternates.
       repeats: how often the period comes; the number of layers is repeats x len(period).
-      remat: a key of `REMAT_POLICIES`.
+      remat: what the backward pass finds kept (`layers.remat`).
       scan: compile one repeat and loop over it, rather than compile all of them.
       pipeline: how the repeats are passed through on a mesh with a pipeline.
+      remat_layers: which repeats `remat` holds for; the others keep everything.
     """
 
     period: tuple[nn.Module, ...]
@@ -96,18 +73,17 @@ class Stack(nn.Module):
     remat: str = "SAVE_EVERYTHING"
     scan: bool = True
     pipeline: Pipeline = Pipeline()
+    remat_layers: str = "all"
 
     def setup(self):
-        if self.remat not in REMAT_POLICIES:
-            raise ValueError(
-                f"CHECKPOINT_POLICY='{self.remat}' is none of {', '.join(REMAT_POLICIES)}"
-            )
+        policy_of(self.remat)
+        choice_of(self.remat_layers, self.repeats)
         self.layers = Period(tuple(self.period))
 
     def __call__(self, x: Float[Array, "b s d"], sequence: Sequence) -> Float[Array, "b s d"]:
         # Each repeat has a key of its own, the same whether it is scanned, unrolled or in a pipeline.
         there = current_noise() or Noise(None, x.shape[:2])
-        key = self.make_rng("dropout") if noisy() else None
+        key = self.make_rng("dropout") if sequence.train and self.has_rng("dropout") else None
         noise_ = dataclasses.replace(there, key=key, depth=len(self.path))
         if parallel.num_stages() > 1 and not self.is_initializing() and not sequence.cache_length:
             pipeline = self.pipeline.fitting(x.shape[0])
@@ -118,6 +94,9 @@ class Stack(nn.Module):
                 )
             if pipeline is not None:
                 return self._pipelined(x, sequence, noise_, pipeline)
+        some = self.remat_layers != "all" and policy_of(self.remat) is not None
+        if some and sequence.train and not self.is_initializing():
+            return self._some_again(x, sequence, noise_)
         return self._in_turn(x, sequence, noise_)
 
     def _in_turn(self, x, sequence: Sequence, noise_: Noise):
@@ -153,22 +132,56 @@ class Stack(nn.Module):
         )(self.layers, x, jnp.arange(self.repeats) if counts else None)
         return x
 
-    def _policy(self):
-        policy = REMAT_POLICIES[self.remat]
-        if policy is None and self.scan and parallel.num_shards("embed") > 1:
-            # A scan would keep the weights of all layers, gathered, until the backward pass.
-            return _all_but_moved
-        return policy
+    def _policy(self) -> Policy | None:
+        return policy_of(self.remat) or keep_all(self.scan)
 
-    def _pipelined(self, x, sequence: Sequence, noise_: Noise, pipeline: Pipeline):
-        """The repeats spread over the stages of the mesh; their parameters are those of `_in_turn`."""
+    def _layers_apart(self, what: str) -> tuple[Period, PyTree]:
+        """The blocks by themselves, and the stacked parameters of all repeats: those of `_in_turn`."""
         others = sorted(name for name in self.variables if name != "params")
         if others:
             raise ValueError(
-                f"a pipeline does not carry the state in {', '.join(others)} (FP8 scales and the like): "
-                "train without USE_FP8, or without the mesh axis 'pipeline'"
+                f"{what} does not carry the state in {', '.join(others)} (FP8 scales and the like): train without "
+                f"USE_FP8, or without {what}"
             )
-        period = Period(tuple(block.unbind()[0] for block in self.period), parent=None)
+        blocks = Period(tuple(block.unbind()[0] for block in self.period), parent=None)
+        return blocks, self.variables["params"]
+
+    def _some_again(self, x, sequence: Sequence, noise_: Noise):
+        """All repeats one after another, only some of which are computed again in the backward pass."""
+        period, weights = self._layers_apart("CHECKPOINT_LAYERS")
+        inside = dataclasses.replace(noise_, depth=0)
+
+        def layer(x, weights, index):
+            with noise(_of_layer(inside, index)):
+                return period.apply({"params": weights}, x, sequence)
+
+        def loop(x, start, end, pattern):
+            """Repeats from `start` to `end`, in groups that are treated as `pattern` says."""
+            kinds = [
+                layer if policy is None else jax.checkpoint(layer, policy=policy, prevent_cse=False)
+                for policy in pattern
+            ]
+            cut = lambda a: a[start:end].reshape(-1, len(kinds), *a.shape[1:])
+
+            def group(x, weights_and_indices):
+                for number, one in enumerate(kinds):
+                    x = one(x, *jax.tree.map(lambda a, n=number: a[n], weights_and_indices))
+                return x, None
+
+            xs = jax.tree.map(cut, (weights, jnp.arange(self.repeats)))
+            unroll = 1 if self.scan else (end - start) // len(kinds)
+            return jax.lax.scan(group, x, xs, unroll=unroll)[0]
+
+        again, kept = policy_of(self.remat), keep_all(self.scan)
+        kind, count = choice_of(self.remat_layers, self.repeats)
+        if kind == "every":
+            return loop(x, 0, self.repeats, [*[kept] * (count - 1), again])
+        x = loop(x, 0, count, [again])
+        return loop(x, count, self.repeats, [kept]) if count < self.repeats else x
+
+    def _pipelined(self, x, sequence: Sequence, noise_: Noise, pipeline: Pipeline):
+        """The repeats spread over the stages of the mesh."""
+        period, weights = self._layers_apart("a pipeline")
         rows = jnp.arange(x.shape[0]) if noise_.rows is None else noise_.rows
         extras = {
             "positions": sequence.positions,
@@ -199,7 +212,7 @@ class Stack(nn.Module):
 
         x = parallel.pipeline(
             stage,
-            self.variables["params"],
+            weights,
             x,
             extras,
             num_microbatches=pipeline.num_microbatches,

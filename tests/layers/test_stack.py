@@ -12,8 +12,9 @@ from paxlike.layers.attention import Attention
 from paxlike.layers.block import Block
 from paxlike.layers.feedforward import FeedForward
 from paxlike.layers.norm import LayerNorm
+from paxlike.layers.remat import REMAT_POLICIES
 from paxlike.layers.sequence import Sequence
-from paxlike.layers.stack import REMAT_POLICIES, Stack
+from paxlike.layers.stack import Stack
 
 B, S, D, REPEATS = 2, 6, 8, 3
 RNGS = {"dropout": jax.random.key(1, impl="rbg")}  # compiles faster than the default
@@ -111,6 +112,67 @@ def test_each_policy_repeats_the_products_it_does_not_save(policy):
     )
 
 
+@pytest.mark.parametrize(
+    ("policy", "recomputed"),
+    [("context", 4), ("context,out_proj", 3), ("ffn1, combined_qkv_proj", 3), ("host:context", 4)],
+)
+def test_a_list_of_tensors_is_a_policy(policy, recomputed, params, expected):
+    stack = _stack(remat=policy)
+    run = functools.partial(_loss, stack)
+    gradient = jax.make_jaxpr(jax.grad(run, argnums=(0, 1)))(params, _x())
+    assert _count_products(gradient) == 18 + recomputed
+    assert ("pinned_host" in str(gradient) or "<host>" in str(gradient)) == ("host:" in policy)
+    _assert_same(_run(stack, params), expected)
+
+
+@pytest.mark.parametrize(
+    ("layers", "share"),
+    [("all", 3), ("first:1", 1), ("first:2", 2), ("every:3", 1), ("first:3", 3)],
+)
+@pytest.mark.parametrize("scan", [True, False], ids=["scan", "unrolled"])
+def test_only_chosen_layers_are_computed_again(layers, share, scan, params, expected):
+    chosen = {"remat": "SAVE_NOTHING", "layers": layers}
+    stack = _stack(scan=scan, **chosen)
+    _assert_same(_run(stack, params), expected)
+    run = functools.partial(_loss, stack)
+    gradient = jax.make_jaxpr(jax.grad(run, argnums=(0, 1)))(params, _x())
+    again = _count_products(gradient, loops=True) - REPEATS * 18
+    assert again == share * RECOMPUTED["SAVE_NOTHING"]
+
+
+def test_chosen_layers_draw_the_same_noise(params):
+    kept = _run(_stack(dropout=0.3), params)
+    some = _stack(dropout=0.3, remat="SAVE_NOTHING", layers="first:1")
+    _assert_same(_run(some, params), kept)
+
+
+def test_the_more_layers_are_computed_again_the_less_memory():
+    def temporary_bytes(**choice):
+        lowered = _lowered(_stack(**choice), jax.ShapeDtypeStruct((4, 64, D), jnp.float32))
+        return lowered.compile(IN_HASTE).memory_analysis().temp_size_in_bytes
+
+    choices = ("first:1", "first:2", "all")
+    sizes = [temporary_bytes(remat="SAVE_NOTHING", layers=layers) for layers in choices]
+    assert temporary_bytes() > sizes[0] > sizes[1] > sizes[2]
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"layers": "last:2"}, "CHECKPOINT_LAYERS='last:2' is none of all, first:K"),
+        ({"layers": "first:4"}, "K must be at least 1 and at most the 3 repeats"),
+        ({"layers": "every:2"}, "K must be at least 1 and a divisor of the 3 repeats"),
+        (
+            {"remat": "context,contxt"},
+            "'contxt' is none of SAVE_EVERYTHING, .* no tensor of a block",
+        ),
+    ],
+)
+def test_unknown_choices_of_layers_and_tensors(choice, message):
+    with pytest.raises(ValueError, match=message):
+        _params(_stack(**choice))
+
+
 def test_saving_nothing_needs_less_memory():
     def temporary_bytes(policy):
         lowered = _lowered(_stack(remat=policy), jax.ShapeDtypeStruct((4, 64, D), jnp.float32))
@@ -149,7 +211,8 @@ def test_dropout_draws_the_same_when_it_is_recomputed(params, expected):
 
 def test_unknown_policy():
     with pytest.raises(
-        ValueError, match="CHECKPOINT_POLICY='SAVE_SOME' is none of SAVE_EVERYTHING, SAVE_NOTHING, "
+        ValueError,
+        match="CHECKPOINT_POLICY='SAVE_SOME': 'SAVE_SOME' is none of SAVE_EVERYTHING, SAVE_NOTHING, ",
     ):
         _params(_stack(remat="SAVE_SOME"))
 
@@ -173,8 +236,8 @@ def _block(*, hidden=16, dropout=0.0, combine_qkv=True, init=None):
     )
 
 
-def _stack(*, remat="SAVE_EVERYTHING", scan=True, **kwargs):
-    return Stack((_block(**kwargs),), REPEATS, remat=remat, scan=scan)
+def _stack(*, remat="SAVE_EVERYTHING", layers="all", scan=True, **kwargs):
+    return Stack((_block(**kwargs),), REPEATS, remat=remat, remat_layers=layers, scan=scan)
 
 
 def _shapes(stack):
@@ -217,14 +280,15 @@ def _assert_same(got, expected):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
 
 
-def _count_products(jaxpr):
-    """Matrix products in a program, those of the body of a loop once."""
+def _count_products(jaxpr, *, loops=False):
+    """Matrix products in a program, those of the body of a loop once, or as often as it runs."""
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     count = 0
     for equation in jaxpr.eqns:
         count += equation.primitive.name == "dot_general"
+        times = equation.params["length"] if loops and equation.primitive.name == "scan" else 1
         for value in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr):
-            count += _count_products(value) if _is_jaxpr(value) else 0
+            count += times * _count_products(value, loops=loops) if _is_jaxpr(value) else 0
     return count
 
 
