@@ -28,8 +28,12 @@ def set_mesh(mesh: Mesh) -> contextlib.AbstractContextManager:
 
 
 def current_mesh_shape() -> dict[str, int]:
-    """Axis sizes of the mesh in force, `{}` outside any."""
-    return dict(jax.sharding.get_abstract_mesh().shape)
+    """Axis sizes of the mesh in force, `{}` outside any.
+
+    Inside a `shard_map` the axes that it maps over are left out: what a device sees there is its own part.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return {axis: size for axis, size in mesh.shape.items() if axis not in mesh.manual_axes}
 
 
 def program_cache(folder: str | os.PathLike) -> Path:

@@ -50,8 +50,8 @@ class FeedForward(Projecting):
         else:
             hidden = activation(hidden)
         y = self.projection("ffn2", x.shape[-1], ("mlp", "embed"))(hidden)
-        y = checkpoint_name(parallel.shard(y, "batch", "length", "act_embed"), "ffn2")
-        return Dropout(self.dropout, name="dropout")(y, train=sequence.train)
+        y = checkpoint_name(parallel.scatter_length(y), "ffn2")
+        return Dropout(self.dropout, name="dropout")(y, train=sequence.train, sequence=sequence)
 
     def _in(self, name: str, saved_as: str):
         linear = self.projection(name, self.hidden, ("embed", "mlp"))

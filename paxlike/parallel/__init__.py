@@ -1,5 +1,13 @@
 """Mesh, logical axis rules and sharding constraints: the only room that knows mesh axes."""
 
+from paxlike.parallel.context import (
+    Context,
+    check_current_length,
+    check_length,
+    current_context,
+    gather_length,
+    scatter_length,
+)
 from paxlike.parallel.mesh import AXES, BATCH_AXES, Mesh
 from paxlike.parallel.rules import (
     DEFAULT_RULES,
@@ -9,21 +17,31 @@ from paxlike.parallel.rules import (
     check_divisible,
     named_sharding,
     num_shards,
+    rules_with,
     shard,
     spec,
+    whole_rows,
 )
 
 __all__ = [
     "AXES",
     "BATCH_AXES",
+    "Context",
     "DEFAULT_RULES",
     "Mesh",
     "Rules",
     "activate",
     "check_axes",
     "check_divisible",
+    "check_current_length",
+    "check_length",
+    "current_context",
+    "gather_length",
     "named_sharding",
     "num_shards",
+    "rules_with",
+    "scatter_length",
     "shard",
     "spec",
+    "whole_rows",
 ]
