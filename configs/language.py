@@ -38,6 +38,13 @@ class MeshKnobs(Knobs):
         1,
     )
     MESH_AXES: Annotated[tuple[str, ...], "names of the mesh axes"] = parallel.AXES
+    SEQUENCE_PARALLEL: Annotated[
+        bool, "the residual stream spread along the sequence over tensor, norms and dropout with it"
+    ] = False
+    CONTEXT_PARALLEL: Annotated[
+        Literal["ring", "all_gather", "all_to_all"],
+        "how attention works where MESH_AXES has a context axis, over which tokens of a row are spread",
+    ] = "ring"
     PERCORE_BATCH_SIZE: Annotated[float, "rows per device and step, may be a fraction"] = 4
     NUM_MICROBATCHES: Annotated[int, "parts of the batch whose gradients are accumulated"] = 1
     FPROP_DTYPE: Annotated[
@@ -226,6 +233,7 @@ class LanguageModelKnobs(
             mesh=fdl.Config(
                 parallel.Mesh, ici=self.ICI_MESH_SHAPE, dcn=self.DCN_MESH_SHAPE, axes=self.MESH_AXES
             ),
+            rules=self.rules(),
             num_steps=self.MAX_STEPS,
             percore_batch_size=self.PERCORE_BATCH_SIZE,
             num_microbatches=self.NUM_MICROBATCHES,
@@ -265,6 +273,12 @@ class LanguageModelKnobs(
                 peak_tflops=self.PEAK_TFLOPS,
             ),
         )
+
+    def rules(self) -> fdl.Config[Any] | None:
+        """What is spread over which mesh axis; None for the default."""
+        if not self.SEQUENCE_PARALLEL:
+            return None
+        return fdl.Config(parallel.rules_with, residual_length=("context", "tensor"))
 
     def optimizer(self) -> fdl.Config[Optimizer]:
         """AdamW and the schedule."""

@@ -114,6 +114,8 @@ class Attention(Projecting):
                     f"CONTEXT_PARALLEL=all_to_all: {name}={heads} does not divide over {context.axis} x tensor = "
                     f"{shards}; CONTEXT_PARALLEL=ring has no such limit"
                 )
+        # Named on both sides, so that nothing but what attention reads and returns changes hands.
+        q, k, v = (parallel.shard(a, "batch", "length", "act_heads", None) for a in (q, k, v))
         q, k, v = (parallel.shard(a, "batch", None, "whole_heads", None) for a in (q, k, v))
         segments = sequence.segments
         if segments is not None:
