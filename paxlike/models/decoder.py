@@ -25,8 +25,8 @@ from paxlike.ops.attention import is_plain
 class Output:
     """Hidden states (b, s, d) behind the last norm, and the (v, d) table of the output layer.
 
-    With a `logit_cap` the logits are cap * tanh(hidden @ table.T / cap). With a `context` the tokens of a row are spread
-    over devices and may stand in another order, see `aligned`.
+    With a `logit_cap` the logits are cap * tanh(hidden @ table.T / cap). With a `context` the tokens of a row are
+    spread over devices and may stand in another order, see `aligned`.
     """
 
     hidden: Float[Array, "b s d"]
@@ -49,9 +49,7 @@ class Output:
         dimensions = (((2,), (1,)), ((), ()))
         hidden = self.in_order()
         table = self.table.astype(hidden.dtype)
-        logits = jax.lax.dot_general(
-            hidden, table, dimensions, preferred_element_type=jnp.float32
-        )
+        logits = jax.lax.dot_general(hidden, table, dimensions, preferred_element_type=jnp.float32)
         if self.logit_cap is not None:
             logits = self.logit_cap * jnp.tanh(logits / self.logit_cap)
         return parallel.shard(logits, "batch", "length", "act_vocab")

@@ -110,7 +110,9 @@ def _over_devices(function: Callable[..., Any], how: _How, in_specs, out_specs):
     axis = how.context.axis
 
     def local(*arrays):
-        return function(jax.lax.axis_index(axis), how, *arrays)
+        # Tied to the data: else masks, the same in all layers, are made before the loop over layers and kept whole.
+        me, arrays = jax.lax.optimization_barrier((jax.lax.axis_index(axis), arrays))
+        return function(me, how, *arrays)
 
     return jax.shard_map(
         local, in_specs=in_specs, out_specs=out_specs, axis_names={axis}, check_vma=False

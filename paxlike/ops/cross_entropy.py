@@ -168,7 +168,10 @@ def _chunked_forward(x, table, targets, weights, num_chunks, z_loss, logit_cap):
         parts, dlogits = _sums(x, targets, weights, full, z_loss, logit_cap, gradient=True)
         dx = _contract(dlogits, full, ((2,), (0,)))
         gradient = gradient + _table_gradient(dlogits, x, shards)
-        return gradient, (parts, parallel.shard(dx.astype(x.dtype), "batch_shards", None, "act_embed"))
+        return gradient, (
+            parts,
+            parallel.shard(dx.astype(x.dtype), "batch_shards", None, "act_embed"),
+        )
 
     zeros = jnp.zeros((shards, *table.shape), jnp.float32)
     if num_chunks == 1:

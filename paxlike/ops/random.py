@@ -1,7 +1,7 @@
 """Random bits of chosen tokens: what a token gets depends on its place in the batch, not on where it happens to stand.
 
-JAX draws an array by hashing the number of each entry with the key (Threefry, Salmon et al. 2011). The bits of any entry
-can therefore be had without the others: of rows that are one microbatch of many, of tokens in another order.
+JAX draws an array by hashing the number of each entry with the key (Threefry, Salmon et al. 2011). The bits of any
+entry can therefore be had without the others: of rows that are one microbatch of many, of tokens in another order.
 """
 
 from __future__ import annotations

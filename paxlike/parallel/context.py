@@ -5,8 +5,8 @@ it, so the device with the end of a row would have most of the work; in the zig-
 i and 2c-1-i of 2c, and all have the same. The order is made once a step, of token ids and the like: what a layer
 computes for each token does not depend on it, and attention knows it.
 
-Sequence parallelism (Korthikanti et al. 2022, https://arxiv.org/abs/2205.05198, section 4.2.2) spreads the length of the
-residual stream over the tensor axis too, where norms and dropout would otherwise do the same work on every device.
+Sequence parallelism (Korthikanti et al. 2022, https://arxiv.org/abs/2205.05198, section 4.2.2) spreads the length of
+the residual stream over the tensor axis too, where norms and dropout would otherwise do the same work on every device.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Context:
     """How rows are spread over a mesh axis.
 
     Attributes:
-      kind: how a query meets the keys of other devices. `ring`: keys and values travel from device to device; `all_gather`:
-        each device gathers them all; `all_to_all`: each device gets whole rows of some of the heads (DeepSpeed-Ulysses,
-        Jacobs et al. 2023).
+      kind: how a query meets the keys of other devices. `ring`: keys and values travel from device to device;
+        `all_gather`: each device gathers them all; `all_to_all`: each device gets whole rows of some of the heads
+        (DeepSpeed-Ulysses, Jacobs et al. 2023).
       axis: name of the mesh axis.
       parts: its size.
     """
@@ -149,8 +149,8 @@ def _is_spread() -> bool:
     return _rules.num_shards("residual_length") != _rules.num_shards("length")
 
 
-# With rules for both directions: the transpose of a constraint asks for the same sharding, so a sum over the tensor axis
-# would be made on every device before each keeps its part of it.
+# With rules for both directions: the transpose of a constraint asks for the same sharding, so a sum over the tensor
+# axis would be made on every device before each keeps its part of it.
 @jax.custom_vjp
 def _gather(x):
     return _rules.shard(_rules.shard(x, *_PART), *_WHOLE)

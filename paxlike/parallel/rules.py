@@ -55,6 +55,7 @@ def rules_with(**changes: MeshAxes) -> Rules:
         )
     return {**DEFAULT_RULES, **changes}
 
+
 _rules: contextvars.ContextVar[Rules] = contextvars.ContextVar("rules", default=DEFAULT_RULES)
 
 
