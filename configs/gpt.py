@@ -47,6 +47,7 @@ class GPT(TransformerKnobs, abstract=True):
             stack=self.stack(self.block()),
             norm=self.norm(),
             embedding_dropout=self.EMBEDDING_DROPOUT_PROB,
+            context=self.CONTEXT_PARALLEL,
         )
 
     def block(self) -> fdl.Config[Block]:

@@ -40,6 +40,13 @@ class MeshKnobs(Knobs):
     MESH_AXES: Annotated[
         tuple[str, ...], "names of the mesh axes, outermost first; pipeline and context are others"
     ] = parallel.AXES
+    SEQUENCE_PARALLEL: Annotated[
+        bool, "the residual stream spread along the sequence over tensor, norms and dropout with it"
+    ] = False
+    CONTEXT_PARALLEL: Annotated[
+        Literal["ring", "all_gather", "all_to_all"],
+        "how attention works where MESH_AXES has a context axis, over which tokens of a row are spread",
+    ] = "ring"
     PERCORE_BATCH_SIZE: Annotated[float, "rows per device and step, may be a fraction"] = 4
     NUM_MICROBATCHES: Annotated[
         int, "parts of the batch: follow one another through a pipeline, or are accumulated"
@@ -282,6 +289,7 @@ class LanguageModelKnobs(
             task=fdl.Config(CausalLanguage, z_loss=self.Z_LOSS_WEIGHT, chunk=self.LOGITS_CHUNK),
             optimizer=self.optimizer(),
             mesh=fdl.Config(parallel.Mesh, ici=mesh.ici, dcn=mesh.dcn, axes=mesh.axes),
+            rules=self.rules(),
             num_steps=self.MAX_STEPS,
             percore_batch_size=self.PERCORE_BATCH_SIZE,
             num_microbatches=self.microbatches(),
@@ -321,6 +329,12 @@ class LanguageModelKnobs(
                 peak_tflops=self.PEAK_TFLOPS,
             ),
         )
+
+    def rules(self) -> fdl.Config[Any] | None:
+        """What is spread over which mesh axis; None for the default."""
+        if not self.SEQUENCE_PARALLEL:
+            return None
+        return fdl.Config(parallel.rules_with, residual_length=("context", "tensor"))
 
     def optimizer(self) -> fdl.Config[Optimizer]:
         """AdamW and the schedule."""

@@ -89,6 +89,7 @@ class Llama(LlamaKnobs, abstract=True):
             stack=self.stack(*self.period()),
             norm=self.norm(),
             embedding_dropout=self.EMBEDDING_DROPOUT_PROB,
+            context=self.CONTEXT_PARALLEL,
             logit_cap=_cap(self.SOFTMAX_CAP_LOGITS),
         )
 

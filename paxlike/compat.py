@@ -28,10 +28,12 @@ def set_mesh(mesh: Mesh) -> contextlib.AbstractContextManager:
 
 
 def current_mesh_shape() -> dict[str, int]:
-    """Sizes of the axes of the mesh in force that are the compiler's to use, `{}` outside any."""
+    """Axis sizes of the mesh in force, `{}` outside any.
+
+    Inside a `shard_map` the axes that it maps over are left out: what a device sees there is its own part.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    kinds = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
-    return {name: size for name, size, kind in kinds if kind != AxisType.Manual}
+    return {axis: size for axis, size in mesh.shape.items() if axis not in mesh.manual_axes}
 
 
 def program_cache(folder: str | os.PathLike) -> Path:

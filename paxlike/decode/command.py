@@ -75,7 +75,8 @@ def decode(
     if stream is None:
         stream = len(asked) * options.num_samples == 1
     mesh = experiment.mesh.build()
-    with parallel.activate(mesh, experiment.rules):
+    # A token at a time cannot be spread over devices: over a context axis decoding is replicated.
+    with parallel.activate(mesh, parallel.whole_rows(experiment.rules)):
         display = _Display(asked, options, stream)
         with display.progress.busy("reading the weights"):
             abstract = abstract_variables(experiment.model, mesh)

@@ -16,6 +16,7 @@ from paxlike.layers.dropout import Dropout
 from paxlike.layers.projection import Projecting
 from paxlike.layers.sequence import Sequence
 from paxlike.ops import attention as ops
+from paxlike.ops.context_attention import context_attention
 from paxlike.ops.rope import Rope
 
 
@@ -63,12 +64,12 @@ class Attention(Projecting):
         if sequence.cache_length:
             context = self._cached(q, k, v, sequence)
         else:
-            context = self._attend(q, k, v, segments=sequence.segments)
+            context = self._attend_rows(q, k, v, sequence)
         context = parallel.shard(context, "batch", "length", "act_heads", None)
         context = checkpoint_name(context, "context")
         axes = ("heads", "head_dim", "embed")
         y = self.projection("out", x.shape[-1], axes, use_bias=self.use_out_bias)(context)
-        y = checkpoint_name(parallel.shard(y, "batch", "length", "act_embed"), "out_proj")
+        y = checkpoint_name(parallel.scatter_length(y), "out_proj")
         return Dropout(self.dropout, name="dropout")(y, train=sequence.train)
 
     def _project(self, x):
@@ -92,10 +93,48 @@ class Attention(Projecting):
             project("value", g, "kv_heads"),
         )
 
+    def _attend_rows(self, q, k, v, sequence: Sequence):
+        """Attention of whole rows, wherever their tokens are."""
+        context = sequence.context
+        if context is None:
+            return self._attend(q, k, v, segments=sequence.segments)
+        if context.is_zigzag:
+            if self.implementation == "cudnn":
+                raise ValueError(
+                    f"cuDNN attention does not serve CONTEXT_PARALLEL={context.kind}: set "
+                    "USE_CUDNN_FLASH_ATTENTION=None, or CONTEXT_PARALLEL=all_to_all"
+                )
+            return context_attention(
+                q, k, v, context=context, segments=sequence.segments, **self._scores
+            )
+        shards = parallel.num_shards("whole_heads")
+        for name, heads in (("NUM_HEADS", q.shape[2]), ("NUM_KV_HEADS", k.shape[2])):
+            if heads % shards:
+                raise ValueError(
+                    f"CONTEXT_PARALLEL=all_to_all: {name}={heads} does not divide over {context.axis} x tensor = "
+                    f"{shards}; CONTEXT_PARALLEL=ring has no such limit"
+                )
+        # Named on both sides, so that nothing but what attention reads and returns changes hands.
+        q, k, v = (parallel.shard(a, "batch", "length", "act_heads", None) for a in (q, k, v))
+        q, k, v = (parallel.shard(a, "batch", None, "whole_heads", None) for a in (q, k, v))
+        segments = sequence.segments
+        if segments is not None:
+            segments = parallel.shard(segments, "batch", None)
+        y = self._attend(q, k, v, segments=segments)
+        return parallel.shard(y, "batch", None, "whole_heads", None)
+
+    @property
+    def _scores(self):
+        return {
+            "causal": self.causal,
+            "scale": self.query_scale,
+            "window": self.window,
+            "logit_cap": self.logit_cap,
+        }
+
     def _attend(self, q, k, v, **options):
-        options = {"causal": self.causal, "implementation": self.implementation, **options}
-        scores = {"scale": self.query_scale, "window": self.window, "logit_cap": self.logit_cap}
-        return ops.attention(q, k, v, **scores, **options)
+        options = {**self._scores, "implementation": self.implementation, **options}
+        return ops.attention(q, k, v, **options)
 
     def _cached(self, q, k, v, sequence: Sequence):
         """Writes keys and values behind those already cached, row by row, and attends to all that are there."""

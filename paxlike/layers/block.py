@@ -28,10 +28,10 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b s d"], sequence: Sequence) -> Float[Array, "b s d"]:
-        y = self.mixer(self.mixer_norm(x), sequence)
+        y = self.mixer(parallel.gather_length(self.mixer_norm(x)), sequence)
         x = x + (y if self.mixer_post_norm is None else self.mixer_post_norm(y))
-        y = self.ffn(self.ffn_norm(x), sequence)
+        y = self.ffn(parallel.gather_length(self.ffn_norm(x)), sequence)
         x = x + (y if self.ffn_post_norm is None else self.ffn_post_norm(y))
         return checkpoint_name(
-            parallel.shard(x, "batch", "length", "act_embed"), "transformer_layer_out"
+            parallel.shard(x, "batch", "residual_length", "act_embed"), "transformer_layer_out"
         )

@@ -26,7 +26,7 @@ class Noise:
       key: of this layer; None where nothing is dropped.
       depth: length of the module path down to what `key` belongs to.
       rows: number of each row in the batch of the step; None counts from 0.
-      places: place of each token in its row; None counts from 0.
+      places: place of each token in the rows; None counts from 0.
       shape: number of rows, and of tokens in each.
     """
 
@@ -34,7 +34,7 @@ class Noise:
     shape: tuple[int, ...]
     depth: int = 0
     rows: Int[Array, "b"] | None = None
-    places: Int[Array, "b s"] | None = None
+    places: Int[Array, "s"] | None = None
 
 
 _noise: contextvars.ContextVar[Noise | None] = contextvars.ContextVar("noise", default=None)
@@ -98,11 +98,9 @@ def _mask_key(there: Noise, key: jax.Array, shape: tuple[int, ...]) -> jax.Array
     """A key for each token: (b, s), or (b * s,) where the entries have their rows and tokens in one dimension."""
     b, s = there.shape
     rows = jnp.arange(b) if there.rows is None else there.rows
-    places = jnp.broadcast_to(jnp.arange(s), (b, s)) if there.places is None else there.places
-    of_rows = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
-    keys = jax.vmap(lambda row, places: jax.vmap(lambda p: jax.random.fold_in(row, p))(places))(
-        of_rows, places
-    )
+    places = jnp.arange(s) if there.places is None else there.places
+    of_row = lambda row: jax.vmap(lambda place: jax.random.fold_in(row, place))(places)
+    keys = jax.vmap(lambda row: of_row(jax.random.fold_in(key, row)))(rows)
     if shape[:2] == (b, s):
         return keys
     if shape[0] != b * s:

@@ -50,7 +50,7 @@ class FeedForward(Projecting):
         else:
             hidden = activation(hidden)
         y = self.projection("ffn2", x.shape[-1], ("mlp", "embed"))(hidden)
-        y = checkpoint_name(parallel.shard(y, "batch", "length", "act_embed"), "ffn2")
+        y = checkpoint_name(parallel.scatter_length(y), "ffn2")
         return Dropout(self.dropout, name="dropout")(y, train=sequence.train)
 
     def _in(self, name: str, saved_as: str):

@@ -130,5 +130,5 @@ class Linear(nn.Module):
 
 
 def _may_flatten() -> bool:
-    """Whether (batch, length) can be merged without moving data: not where the length is sharded."""
-    return parallel.num_shards("length") == 1
+    """Whether (batch, length) can be merged without moving data: not where the length is sharded, before or behind."""
+    return parallel.num_shards("length") == parallel.num_shards("residual_length") == 1

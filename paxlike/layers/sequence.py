@@ -7,6 +7,8 @@ import dataclasses
 import jax
 from jaxtyping import Array, Int
 
+from paxlike import parallel
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -16,19 +18,21 @@ class Sequence:
     Attributes:
       positions: position of each token in its document; None counts from 0 in each row.
       segments: document number of each token, 0 for padding; None where a row is one document.
-      rows: number of each row in the batch of the step, None where they are all here, in order.
-      places: place of each token in its row, None where they are all here, in order.
       offset: number of tokens of each row that the cache holds already; None while nothing is cached.
+      rows: number of each row in the batch whose dropout bits it has; None: 0, 1, ... as they come.
+      places: place of each token in its row, where they do not stand in order (`parallel.Context`); None where they do.
       repeat: which part of a cache that holds all repeats of a stack is this layer's; None where it holds one layer.
       train: dropout and other noise are active.
+      context: how rows are spread over devices, None where they are whole.
       cache_length: size of the key/value cache to keep, 0 for none.
     """
 
     positions: Int[Array, "b s"] | None = None
     segments: Int[Array, "b s"] | None = None
-    rows: Int[Array, "b"] | None = None
-    places: Int[Array, "b s"] | None = None
     offset: Int[Array, "b"] | None = None
+    rows: Int[Array, "b"] | None = None
+    places: Int[Array, "s"] | None = None
     repeat: Int[Array, ""] | None = None
     train: bool = dataclasses.field(default=False, metadata={"static": True})
+    context: parallel.Context | None = dataclasses.field(default=None, metadata={"static": True})
     cache_length: int = dataclasses.field(default=0, metadata={"static": True})

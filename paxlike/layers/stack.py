@@ -187,16 +187,13 @@ class Stack(nn.Module):
             "positions": sequence.positions,
             "segments": sequence.segments,
             "rows": None if noise_.key is None else rows,
-            "places": None if noise_.key is None else noise_.places,
         }
 
         policy = self._policy()
 
         def stage(weights, first, x, extras):
             own = dataclasses.replace(sequence, **extras)
-            mine = dataclasses.replace(
-                noise_, shape=x.shape[:2], depth=0, rows=own.rows, places=own.places
-            )
+            mine = dataclasses.replace(noise_, shape=x.shape[:2], depth=0, rows=own.rows)
 
             def layer(x, weights_and_index):
                 weights, index = weights_and_index
@@ -219,7 +216,7 @@ class Stack(nn.Module):
             repeats=pipeline.repeats,
             policy=policy,
         )
-        return parallel.shard(x, "batch", "length", "act_embed")
+        return parallel.shard(x, "batch", "residual_length", "act_embed")
 
 
 def _of_layer(noise_: Noise, index: jax.Array | None) -> Noise:

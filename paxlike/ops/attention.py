@@ -36,6 +36,11 @@ def plain() -> Iterator[None]:
         _plain.reset(token)
 
 
+def is_plain() -> bool:
+    """Whether this is traced inside `plain`."""
+    return _plain.get()
+
+
 def attention(
     q: Float[Array, "b s h k"],
     k: Float[Array, "b t g k"],
@@ -62,11 +67,9 @@ def attention(
         it can serve (NVIDIA GPU, 16-bit inputs, head size a multiple of 8 up to 128, 256 on Hopper, no cache, no cap)
         and xla elsewhere.
     """
-    if window is not None and (window < 1 or not causal):
-        raise ValueError(f"a window of {window} needs causal attention and at least 1 key")
-    if logit_cap is not None and logit_cap <= 0:
-        raise ValueError(f"a logit cap of {logit_cap} must be above 0 (None for none)")
-    scores = _Scores(q.shape[-1] ** -0.5 if scale is None else scale, window, logit_cap)
+    scores = Scores.checked(
+        q.shape[-1], causal=causal, scale=scale, window=window, logit_cap=logit_cap
+    )
     reference = causal_attention if causal else full_attention
     if _plain.get():
         return reference(q, k, v, segments, offset, scores=scores)
@@ -97,15 +100,32 @@ def attention(
     return reference(q, k, v, segments, offset, scores=scores)
 
 
-class _Scores(NamedTuple):
+class Scores(NamedTuple):
     """What becomes of q k^T; a static argument."""
 
     scale: float
     window: int | None
     logit_cap: float | None
 
+    @classmethod
+    def checked(
+        cls,
+        head_dim: int,
+        *,
+        causal: bool,
+        scale: float | None,
+        window: int | None,
+        logit_cap: float | None,
+    ) -> Scores:
+        """From the arguments of `attention`; ValueError where they make no sense."""
+        if window is not None and (window < 1 or not causal):
+            raise ValueError(f"a window of {window} needs causal attention and at least 1 key")
+        if logit_cap is not None and logit_cap <= 0:
+            raise ValueError(f"a logit cap of {logit_cap} must be above 0 (None for none)")
+        return cls(head_dim**-0.5 if scale is None else scale, window, logit_cap)
 
-def _reference(q, k, v, segments, offset, *, scores: _Scores, causal: bool):
+
+def _reference(q, k, v, segments, offset, *, scores: Scores, causal: bool):
     b, s, h, size = q.shape
     t, groups = k.shape[1], k.shape[2]
     mask = _mask(s, t, segments, offset, scores.window, causal)
@@ -207,7 +227,7 @@ def _num_blocks(s: int, t: int) -> int:
     return next((n for n in (4, 3, 2) if s % n == 0 and s // n >= CPU_BLOCK), 1)
 
 
-def _why_not_cudnn(q: jax.Array, segments, offset, scores: _Scores) -> str | None:
+def _why_not_cudnn(q: jax.Array, segments, offset, scores: Scores) -> str | None:
     """What keeps cuDNN's fused attention from these inputs; None where it serves."""
     if not platform.is_nvidia():
         return f"needs an NVIDIA GPU and this is a {jax.default_backend()}"

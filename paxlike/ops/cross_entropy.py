@@ -52,6 +52,7 @@ def linear_cross_entropy(
       z_loss: coefficient of the squared log normaliser.
       logit_cap: the logits are cap * tanh(x @ table.T / cap) (Gemma 2).
     """
+    x, targets, weights = (_as_rows(a) for a in (x, targets, weights))
     num_chunks, padding = _num_chunks(x.shape, table.shape[0], chunk)
     x, targets, weights = (_pad(a, padding) for a in (x, targets, weights))
     return _chunked(x, table, targets, weights, num_chunks, float(z_loss), logit_cap)
@@ -66,6 +67,8 @@ def token_cross_entropy(
     logit_cap: float | None = None,
 ) -> tuple[Float[Array, "b s"], Bool[Array, "b s"]]:
     """Per position: negative log-likelihood in nats, and whether the target is the argmax. For evaluation."""
+    b = x.shape[0]
+    x, targets = _as_rows(x), _as_rows(targets)
     length = x.shape[1]
     num_chunks, padding = _num_chunks(x.shape, table.shape[0], chunk)
     x, targets = _pad(x, padding), _pad(targets, padding)
@@ -78,9 +81,33 @@ def token_cross_entropy(
         return log_normaliser - at, _is_argmax(logits, at, targets)
 
     if num_chunks == 1:
-        return one((x, targets))
-    nll, correct = jax.lax.map(one, (_split(x, num_chunks), _split(targets, num_chunks)))
-    return _join(nll)[:, :length], _join(correct)[:, :length]
+        nll, correct = one((x, targets))
+    else:
+        nll, correct = jax.lax.map(one, (_split(x, num_chunks), _split(targets, num_chunks)))
+        nll, correct = _join(nll)[:, :length], _join(correct)[:, :length]
+    return _from_rows(nll, b), _from_rows(correct, b)
+
+
+def _as_rows(x):
+    """(b, s, ...) -> (c * b, s / c, ...) where each row is spread over c devices: each of its parts is a row here.
+
+    A loss does not ask which row a token is of. Nothing moves, and the chunks below are of what a device has.
+    """
+    parts = parallel.num_shards("length")
+    if parts == 1:
+        return x
+    b, s, *rest = x.shape
+    rows = jnp.swapaxes(x.reshape(b, parts, s // parts, *rest), 0, 1)
+    rows = rows.reshape(parts * b, s // parts, *rest)
+    return parallel.shard(rows, "batch_shards", *(None,) * (x.ndim - 1))
+
+
+def _from_rows(x, b: int):
+    """The inverse of `_as_rows`, to b rows."""
+    if x.shape[0] == b:
+        return x
+    parts, length = x.shape[0] // b, x.shape[1]
+    return jnp.swapaxes(x.reshape(parts, b, length), 0, 1).reshape(b, parts * length)
 
 
 def _num_chunks(shape: tuple[int, ...], vocab_size: int, chunk: int | None) -> tuple[int, int]:
@@ -89,7 +116,7 @@ def _num_chunks(shape: tuple[int, ...], vocab_size: int, chunk: int | None) -> t
     if chunk == 0:
         return 1, 0
     if chunk is None:
-        rows = max(1, b // parallel.num_shards("batch"))
+        rows = max(1, b // parallel.num_shards("batch_shards"))
         columns = vocab_size // parallel.num_shards("act_vocab")
         wanted = -(-4 * rows * s * columns // _auto_chunk_bytes(4 * width * columns))
     else:
@@ -141,7 +168,10 @@ def _chunked_forward(x, table, targets, weights, num_chunks, z_loss, logit_cap):
         parts, dlogits = _sums(x, targets, weights, full, z_loss, logit_cap, gradient=True)
         dx = _contract(dlogits, full, ((2,), (0,)))
         gradient = gradient + _table_gradient(dlogits, x, shards)
-        return gradient, (parts, parallel.shard(dx.astype(x.dtype), "batch", "length", "act_embed"))
+        return gradient, (
+            parts,
+            parallel.shard(dx.astype(x.dtype), "batch_shards", None, "act_embed"),
+        )
 
     zeros = jnp.zeros((shards, *table.shape), jnp.float32)
     if num_chunks == 1:
@@ -188,14 +218,14 @@ def _sums(x, targets, weights, table, z_loss, logit_cap, gradient: bool = False)
     dlogits = probabilities * factor[..., None] - jnp.where(onehot, weights[..., None], 0.0)
     if logit_cap is not None:  # d cap tanh(l / cap) / dl
         dlogits = dlogits * (1.0 - jnp.square(logits / logit_cap))
-    return parts, parallel.shard(dlogits.astype(x.dtype), "batch", "length", "act_vocab")
+    return parts, parallel.shard(dlogits.astype(x.dtype), "batch_shards", None, "act_vocab")
 
 
 def _logits(x, table, logit_cap):
     logits = _contract(x, table, ((2,), (1,)), preferred_element_type=jnp.float32)
     if logit_cap is not None:
         logits = logit_cap * jnp.tanh(logits / logit_cap)
-    logits = parallel.shard(logits, "batch", "length", "act_vocab")
+    logits = parallel.shard(logits, "batch_shards", None, "act_vocab")
     return logits, jax.nn.logsumexp(logits, axis=-1)
 
 

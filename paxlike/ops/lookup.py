@@ -35,14 +35,17 @@ def _forward(table, indices, axis, dtype):
 def _backward(axis, dtype, residuals, dy):
     del dtype
     like, indices = residuals
+    zero = jnp.zeros(indices.shape, jax.dtypes.float0)
     zeros = jnp.zeros((like.shape[0], dy.shape[-1]), jnp.float32)
-    rows = dy.astype(jnp.float32).reshape(-1, dy.shape[-1])
-    gradient = zeros.at[indices.reshape(-1)].add(rows, mode="clip")
+    rows = dy.astype(jnp.float32)
+    if parallel.num_shards("length") == 1:  # where merging rows and their tokens moves nothing
+        rows, indices = rows.reshape(-1, dy.shape[-1]), indices.reshape(-1)
+    gradient = zeros.at[indices].add(rows, mode="clip")
     # Each device sums its own rows over the whole width, and one reduction follows; asked for the sharded gradient at
     # once, the compiler would rather move the activations.
     gradient = parallel.shard(gradient, axis, None)
     gradient = parallel.shard(gradient, axis, "embed").astype(like.dtype)
-    return gradient, jnp.zeros(indices.shape, jax.dtypes.float0)
+    return gradient, zero
 
 
 lookup.defvjp(_forward, _backward)

@@ -1,5 +1,13 @@
 """Mesh, logical axis rules and sharding constraints: the only room that knows mesh axes."""
 
+from paxlike.parallel.context import (
+    Context,
+    check_current_length,
+    check_length,
+    current_context,
+    gather_length,
+    scatter_length,
+)
 from paxlike.parallel.mesh import AXES, BATCH_AXES, Mesh
 from paxlike.parallel.pipeline import (
     LAYER_INPUT,
@@ -17,8 +25,10 @@ from paxlike.parallel.rules import (
     check_divisible,
     named_sharding,
     num_shards,
+    rules_with,
     shard,
     spec,
+    whole_rows,
 )
 
 __all__ = [
@@ -26,18 +36,26 @@ __all__ = [
     "BATCH_AXES",
     "DEFAULT_RULES",
     "LAYER_INPUT",
+    "Context",
     "Mesh",
     "Rules",
     "activate",
     "bubble",
     "check_axes",
+    "check_current_length",
     "check_divisible",
+    "check_length",
     "check_pipeline",
+    "current_context",
+    "gather_length",
     "named_sharding",
     "num_shards",
     "num_stages",
     "pipeline",
+    "rules_with",
+    "scatter_length",
     "shard",
     "spec",
+    "whole_rows",
     "without_pipeline",
 ]

@@ -35,13 +35,26 @@ DEFAULT_RULES: Rules = {
     "layers": "pipeline",
     # activations
     "batch": ("pipeline", "data", "fsdp"),
-    "length": None,
+    "length": "context",
+    "residual_length": "context",  # SEQUENCE_PARALLEL: over tensor too
     "act_embed": None,
     "act_heads": "tensor",
     "act_mlp": "tensor",
     "act_vocab": "tensor",
-    "batch_shards": ("pipeline", "data", "fsdp"),
+    "whole_heads": ("tensor", "context"),  # where rows are whole and heads spread instead
+    "batch_shards": ("context", "pipeline", "data", "fsdp"),  # of tokens, for the loss
 }
+
+
+def rules_with(**changes: MeshAxes) -> Rules:
+    """The default rules with some names spread otherwise."""
+    unknown = changes.keys() - DEFAULT_RULES.keys()
+    if unknown:
+        raise ValueError(
+            f"no rule for {sorted(unknown)} to change; the rules name {sorted(DEFAULT_RULES)}"
+        )
+    return {**DEFAULT_RULES, **changes}
+
 
 _rules: contextvars.ContextVar[Rules] = contextvars.ContextVar("rules", default=DEFAULT_RULES)
 
@@ -55,6 +68,20 @@ def activate(mesh: jax.sharding.Mesh, rules: Rules | None = None) -> Iterator[No
             yield
     finally:
         _rules.reset(token)
+
+
+def current() -> Rules:
+    """The rules in force."""
+    return _rules.get()
+
+
+def whole_rows(rules: Rules | None = None) -> Rules:
+    """`rules` (the default ones where None) with every row whole: for decoding, which works token by token."""
+    return {
+        **(DEFAULT_RULES if rules is None else rules),
+        "length": None,
+        "residual_length": None,
+    }
 
 
 def spec(*names: str | None) -> P:
@@ -85,8 +112,23 @@ def named_sharding(mesh: jax.sharding.Mesh, names: tuple[str | None, ...]) -> Na
 
 def num_shards(name: str) -> int:
     """Number of parts into which the dimension called `name` is split on the mesh in force."""
-    sizes = compat.current_mesh_shape()
-    return math.prod(sizes.get(axis, 1) for axis in _as_tuple(_rules.get().get(name)))
+    return size_of(mesh_axes(name), compat.current_mesh_shape())
+
+
+def mesh_axes(name: str) -> tuple[str, ...]:
+    """Mesh axes, larger than 1, over which the dimension called `name` is spread on the mesh in force."""
+    return axes_of(name, compat.current_mesh_shape(), _rules.get())
+
+
+def axes_of(name: str, sizes: Mapping[str, int], rules: Rules | None = None) -> tuple[str, ...]:
+    """As `mesh_axes`, for a mesh of these `sizes` under `rules` (the default ones where None)."""
+    axes = _as_tuple((DEFAULT_RULES if rules is None else rules).get(name))
+    return tuple(axis for axis in axes if sizes.get(axis, 1) > 1)
+
+
+def size_of(axes: tuple[str, ...], sizes: Mapping[str, int]) -> int:
+    """Devices along all of `axes`."""
+    return math.prod(sizes[axis] for axis in axes)
 
 
 def check_axes(sizes: Mapping[str, int], rules: Rules | None = None) -> None:

@@ -51,8 +51,8 @@ class CausalLanguage:
         total, parts = cross_entropy.linear_cross_entropy(
             output.hidden,
             output.table,
-            batch["targets"],
-            batch["weights"],
+            output.aligned(batch["targets"]),
+            output.aligned(batch["weights"]),
             chunk=self.chunk,
             z_loss=self.z_loss,
             logit_cap=output.logit_cap,
@@ -77,11 +77,11 @@ class CausalLanguage:
         nll, correct = cross_entropy.token_cross_entropy(
             output.hidden,
             output.table,
-            batch["targets"],
+            output.aligned(batch["targets"]),
             chunk=self.chunk,
             logit_cap=output.logit_cap,
         )
-        weights = batch["weights"]
+        weights = output.aligned(batch["weights"])
         rows = batch.get("example_weight", jnp.ones(weights.shape[:1]))
         weights = weights * rows[:, None]
         total, weight = jnp.sum(nll * weights), jnp.sum(weights)
@@ -96,7 +96,7 @@ class CausalLanguage:
             metrics["acc_strict"] = Metric(jnp.sum(strict * scored), jnp.sum(scored))
         if "alternatives" in batch:
             metrics["boolq_acc"] = choice.two_way_accuracy(
-                output.hidden, output.table, batch["targets"], batch["alternatives"], rows
+                output.in_order(), output.table, batch["targets"], batch["alternatives"], rows
             )
         if "num_bytes" in batch:
             metrics["bits_per_byte"] = Metric(

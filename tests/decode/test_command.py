@@ -104,6 +104,14 @@ def test_the_weights_of_another_run(experiment, states, run, tmp_path):
     assert line["tokens"] == expected(experiment, states[3].ema, ["x"])[0].tokens
 
 
+def test_over_a_context_axis_rows_stay_whole(experiment, states, run):
+    mesh = parallel.Mesh((1, 2, 2), axes=("fsdp", "context", "tensor"))
+    rules = parallel.rules_with(residual_length=("context", "tensor"))
+    decode(dataclasses.replace(experiment, mesh=mesh, rules=rules), run, prompts=["hello"])
+    (line,) = lines(run / "decoder_out" / "prompts" / "decoder_out_00000007.jsonl")
+    assert line["tokens"] == expected(experiment, states[7].ema, ["hello"])[0].tokens
+
+
 def test_a_damaged_checkpoint_is_passed_over(experiment, run):
     for file in (run / "checkpoints" / "checkpoint_00000007" / "state").rglob("*"):
         if file.is_file():

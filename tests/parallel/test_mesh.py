@@ -146,7 +146,10 @@ def test_what_does_not_divide_is_named_with_a_size_that_fits():
             {"replica": 2, "fsdp": 1},
             r"nothing is spread over the axis 'replica' of size 2 \(did you mean data\?\)",
         ),
-        ({"data": 2, "expert": 2}, "'expert' of size 2; the axes are data, fsdp, pipeline, tensor"),
+        (
+            {"data": 2, "expert": 2},
+            "'expert' of size 2; the axes are context, data, fsdp, pipeline, tensor",
+        ),
     ],
 )
 def test_an_axis_that_nothing_is_spread_over_is_refused(sizes, message):

@@ -92,15 +92,26 @@ CASES = {
         plain,
         {"data": 2, "pipeline": 2},
     ),
+    "with context, dropout": (
+        gpt(4, 2, dropout=0.1, remat="SAVE_NOTHING"),
+        packed,
+        {"pipeline": 2, "context": 2},
+    ),
+    "with tensor and sequence": (
+        llama(2, scan=False, remat="context"),
+        plain,
+        {"pipeline": 2, "tensor": 2},
+        parallel.rules_with(residual_length=("context", "tensor")),
+    ),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_loss_and_gradients_are_those_of_one_device(name):
-    net, batch, sizes = CASES[name]
+    net, batch, sizes, *rules = CASES[name]
     params = meshes.init(net)
     expected = meshes.loss_and_gradients(net, params, batch(), {"data": 1})
-    found = meshes.loss_and_gradients(net, params, batch(), sizes)
+    found = meshes.loss_and_gradients(net, params, batch(), sizes, *rules)
     meshes.assert_same(found, expected, 2e-6)
 
 
