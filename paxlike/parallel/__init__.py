@@ -1,5 +1,6 @@
 """Mesh, logical axis rules and sharding constraints: the only room that knows mesh axes."""
 
+from paxlike.parallel.kernel import Kernel, kernel_init
 from paxlike.parallel.mesh import AXES, BATCH_AXES, Mesh
 from paxlike.parallel.rules import (
     DEFAULT_RULES,
@@ -11,19 +12,23 @@ from paxlike.parallel.rules import (
     num_shards,
     shard,
     spec,
+    spread,
 )
 
 __all__ = [
     "AXES",
     "BATCH_AXES",
     "DEFAULT_RULES",
+    "Kernel",
     "Mesh",
     "Rules",
     "activate",
     "check_axes",
     "check_divisible",
+    "kernel_init",
     "named_sharding",
     "num_shards",
     "shard",
     "spec",
+    "spread",
 ]

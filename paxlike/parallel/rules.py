@@ -78,6 +78,21 @@ def shard(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(*_mesh_axes(names, sizes)))
 
 
+def spread(x: jax.Array) -> jax.Array:
+    """`x` with its first dimension over the mesh axes that divide it and the others whole, for work on each row alone.
+
+    Where no axis divides it the compiler is left to choose.
+    """
+    sizes = compat.current_mesh_shape()
+    axes: list[str] = []
+    for axis, size in sizes.items():
+        if size > 1 and x.shape[0] % (size * math.prod(sizes[a] for a in axes)) == 0:
+            axes.append(axis)
+    if not axes:
+        return x
+    return jax.lax.with_sharding_constraint(x, P(tuple(axes), *(None,) * (x.ndim - 1)))
+
+
 def named_sharding(mesh: jax.sharding.Mesh, names: tuple[str | None, ...]) -> NamedSharding:
     """The sharding of an array with these logical names on `mesh`."""
     return NamedSharding(mesh, P(*_mesh_axes(names, dict(mesh.shape))))
