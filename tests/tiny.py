@@ -96,7 +96,7 @@ class Trainer:
             function = TrainStep(
                 self.model,
                 self.task,
-                self.optimizer,
+                self.factory.bound_optimizer,
                 microbatches,
                 shardings=self.shardings.params if count > 1 else None,
             )

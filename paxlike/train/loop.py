@@ -273,7 +273,7 @@ class _Run:
         step = TrainStep(
             experiment.model,
             experiment.task,
-            experiment.optimizer,
+            self.factory.bound_optimizer,
             experiment.num_microbatches,
             experiment.seed,
             shardings.params if self.mesh.size > 1 else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
 from paxlike import parallel
+from paxlike.train.matrices import is_box, unboxed
 from paxlike.train.optimizer import Optimizer, merge
 
 PyTree = Any
@@ -55,19 +57,28 @@ class StateFactory:
     spec: Mapping[str, jax.ShapeDtypeStruct]  # of a batch
     mesh: jax.sharding.Mesh
 
+    @functools.cached_property
+    def bound_optimizer(self) -> Optimizer:
+        """The optimizer that knows the matrices of the model's parameters (see `Optimizer.bound`)."""
+        return self.optimizer.bound(self._description.params)
+
+    @functools.cached_property
+    def _description(self) -> TrainState:
+        return jax.eval_shape(self._boxed, jax.random.key(0))
+
     def abstract(self) -> TrainState:
         """Shapes, dtypes and shardings of the state; nothing is allocated.
 
         Raises:
           ValueError: a parameter does not divide over the mesh.
         """
-        return _placed(jax.eval_shape(self._boxed, jax.random.key(0)), self.mesh)
+        return _placed(self._description, self.mesh)
 
     def initialize(self, seed: int) -> TrainState:
         """A fresh state, each shard made on the device that keeps it."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract())
         make = jax.jit(
-            lambda key: jax.tree.map(_unbox, self._boxed(key), is_leaf=_is_box),
+            lambda key: jax.tree.map(unboxed, self._boxed(key), is_leaf=is_box),
             out_shardings=shardings,
         )
         return make(jax.random.key(seed))
@@ -77,12 +88,13 @@ class StateFactory:
         inputs = {k: jnp.zeros(v.shape, v.dtype) for k, v in self.spec.items() if k == "tokens"}
         variables = dict(self.model.init({"params": key, "dropout": key}, **inputs))
         params = variables.pop("params")
-        trained = self.optimizer.select(params)
+        optimizer = self.optimizer.bound(params)
+        trained = optimizer.select(params)
         _check_trainable(trained)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
-            opt_state=self.optimizer.init(trained),
+            opt_state=optimizer.init(trained),
             collections=variables,
             # A copy: the averaged parameters must not share buffers with those that are donated to the step.
             ema=jax.tree.map(jnp.copy, trained) if self.optimizer.ema_decay else None,
@@ -126,8 +138,8 @@ def _placed(boxed: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
     """Abstract arrays with the shardings that their boxes, or the lack of one, ask for."""
 
     def place(path, leaf):
-        names = leaf.names if _is_box(leaf) else ()
-        leaf = _unbox(leaf)
+        names = leaf.names if is_box(leaf) else ()
+        leaf = unboxed(leaf)
         where = jax.tree_util.keystr(path, simple=True, separator="/")
         if (
             len(names) != leaf.ndim
@@ -140,14 +152,4 @@ def _placed(boxed: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
             leaf.shape, leaf.dtype, sharding=parallel.named_sharding(mesh, names)
         )
 
-    return jax.tree_util.tree_map_with_path(place, boxed, is_leaf=_is_box)
-
-
-def _is_box(leaf: Any) -> bool:
-    return isinstance(leaf, nn.meta.AxisMetadata)
-
-
-def _unbox(leaf: Any) -> Any:
-    return (
-        leaf.value if _is_box(leaf) else leaf
-    )  # not `unbox()`, which constrains to a mesh axis of the logical name
+    return jax.tree_util.tree_map_with_path(place, boxed, is_leaf=is_box)
