@@ -58,6 +58,19 @@ class MeshKnobs(Knobs):
     MESH_AXES: Annotated[tuple[str, ...], "names of the mesh axes"] = parallel.AXES
     PERCORE_BATCH_SIZE: Annotated[float, "rows per device and step, may be a fraction"] = 4
     NUM_MICROBATCHES: Annotated[int, "parts of the batch whose gradients are accumulated"] = 1
+    GRADIENT_ACCUMULATION_DTYPE: Annotated[
+        Literal["float32", "bfloat16"], "in which the gradients of microbatches are added"
+    ] = "float32"
+    ZERO_STAGE: Annotated[
+        Literal[1, 2, 3],
+        "what ZERO_AXES shard: 1 optimizer state, 2 and gradients, 3 and (over fsdp) parameters",
+    ] = 3
+    ZERO_AXES: Annotated[
+        tuple[str, ...], "mesh axes over which the optimizer state is sharded, such as [fsdp, data]"
+    ] = ("fsdp",)
+    OFFLOAD_OPTIMIZER_STATE: Annotated[
+        bool, "keep it in the memory of the host between its uses"
+    ] = False
     FPROP_DTYPE: Annotated[
         Literal["bfloat16", "float32"], "compute dtype; parameters are float32"
     ] = "bfloat16"
@@ -302,7 +315,10 @@ class LanguageModelKnobs(
             ),
             num_steps=self.MAX_STEPS,
             percore_batch_size=self.PERCORE_BATCH_SIZE,
+            zero=fdl.Config(parallel.Zero, stage=self.ZERO_STAGE, axes=self.ZERO_AXES),
+            offload_optimizer_state=self.OFFLOAD_OPTIMIZER_STATE,
             num_microbatches=self.NUM_MICROBATCHES,
+            accumulation_dtype=self.GRADIENT_ACCUMULATION_DTYPE,
             seed=self.SEED,
             compute_dtype=self.FPROP_DTYPE,
             train_data=self.train_data(),

@@ -34,6 +34,7 @@ from paxlike.log.run_log import RunLog
 from paxlike.train import loop
 from paxlike.train.best import BestOptions
 from paxlike.train.optimizer import Optimizer
+from paxlike.train.state import check_offload
 from paxlike.weights import import_params, is_foreign, open_folder
 
 
@@ -79,7 +80,9 @@ class Experiment:
       mesh, rules: shape of the device mesh, and logical axis -> mesh axis.
       num_steps: optimizer steps of the whole run.
       percore_batch_size: rows per device and step; may be a fraction.
-      num_microbatches: parts of the batch whose gradients are accumulated.
+      zero: which part of parameters, gradients and optimizer state a device keeps while training.
+      offload_optimizer_state: keep it in the memory of the host between its uses.
+      num_microbatches: parts of the batch whose gradients are accumulated, in `accumulation_dtype`.
       train_data, eval_data: loaders; the held-out ones by name.
       tokenizer: text <-> ids, None where there is no text.
       initial_weights: what a fresh run starts from, None for random weights.
@@ -99,7 +102,10 @@ class Experiment:
     eval_data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tokenizer: Any = None
     rules: parallel.Rules | None = None
+    zero: parallel.Zero = parallel.Zero()
+    offload_optimizer_state: bool = False
     num_microbatches: int = 1
+    accumulation_dtype: str = "float32"
     seed: int = 1234
     compute_dtype: str = "float32"
     initial_weights: InitialWeights | None = None
@@ -127,6 +133,13 @@ class Experiment:
         """Raises one clear ValueError for what cannot work, before anything is allocated."""
         self.mesh.check_devices(jax.device_count())
         parallel.check_axes(self.mesh.shape, self.rules)
+        self.zero.check(self.mesh.shape)
+        if self.offload_optimizer_state:
+            check_offload()
+        if self.accumulation_dtype != "float32" and self.num_microbatches == 1:
+            raise ValueError(
+                f"GRADIENT_ACCUMULATION_DTYPE={self.accumulation_dtype} has no effect with NUM_MICROBATCHES=1"
+            )
         if self.num_microbatches < 1:
             raise ValueError(f"NUM_MICROBATCHES={self.num_microbatches} must be at least 1")
         _ = self.global_batch_size

@@ -14,6 +14,7 @@ from paxlike.parallel.rules import (
     spec,
     spread,
 )
+from paxlike.parallel.zero import Zero
 
 __all__ = [
     "AXES",
@@ -22,6 +23,7 @@ __all__ = [
     "Kernel",
     "Mesh",
     "Rules",
+    "Zero",
     "activate",
     "check_axes",
     "check_divisible",

@@ -93,9 +93,11 @@ def spread(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(tuple(axes), *(None,) * (x.ndim - 1)))
 
 
-def named_sharding(mesh: jax.sharding.Mesh, names: tuple[str | None, ...]) -> NamedSharding:
-    """The sharding of an array with these logical names on `mesh`."""
-    return NamedSharding(mesh, P(*_mesh_axes(names, dict(mesh.shape))))
+def named_sharding(
+    mesh: jax.sharding.Mesh, names: tuple[str | None, ...], rules: Rules | None = None
+) -> NamedSharding:
+    """The sharding of an array with these logical names on `mesh`, by `rules` or those in force."""
+    return NamedSharding(mesh, P(*_mesh_axes(names, dict(mesh.shape), rules)))
 
 
 def num_shards(name: str) -> int:
@@ -124,11 +126,16 @@ def check_axes(sizes: Mapping[str, int], rules: Rules | None = None) -> None:
 
 
 def check_divisible(
-    names: tuple[str | None, ...], shape: tuple[int, ...], sizes: Mapping[str, int], what: str
+    names: tuple[str | None, ...],
+    shape: tuple[int, ...],
+    sizes: Mapping[str, int],
+    what: str,
+    rules: Rules | None = None,
 ) -> None:
     """Raises one line that names the numbers where a dimension of `shape` does not divide over its mesh axes."""
+    rules = _rules.get() if rules is None else rules
     for name, size in zip(names, shape, strict=True):
-        axes = _as_tuple(_rules.get().get(name) if name else None)
+        axes = _as_tuple(rules.get(name) if name else None)
         parts = math.prod(sizes.get(axis, 1) for axis in axes)
         if size % parts:
             fits = [n for n in range(1, parts + 1) if size % n == 0 and parts % n == 0]
@@ -138,8 +145,10 @@ def check_divisible(
             )
 
 
-def _mesh_axes(names: tuple[str | None, ...], sizes: Mapping[str, int]) -> list[MeshAxes]:
-    rules = _rules.get()
+def _mesh_axes(
+    names: tuple[str | None, ...], sizes: Mapping[str, int], rules: Rules | None = None
+) -> list[MeshAxes]:
+    rules = _rules.get() if rules is None else rules
     result: list[MeshAxes] = []
     taken: dict[str, str | None] = {}
     for name in names:

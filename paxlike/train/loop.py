@@ -45,7 +45,8 @@ def train(experiment: Experiment, job_log_dir: str, *, config: str, config_text:
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(experiment.open_log(directory, num_steps=experiment.num_steps))
         mesh = experiment.mesh.build()
-        stack.enter_context(parallel.activate(mesh, experiment.rules))
+        rules = experiment.zero.parameter_rules(experiment.rules)
+        stack.enter_context(parallel.activate(mesh, rules))
         return _Run(experiment, directory, mesh, log, config, config_text).run(stack)
 
 
@@ -66,7 +67,15 @@ class _Run:
         self.global_batch = experiment.global_batch_size
         spec = experiment.train_data.spec(self.global_batch)
         self.spec = batch_spec(spec, mesh)
-        self.factory = StateFactory(experiment.model, experiment.optimizer, spec, mesh)
+        self.factory = StateFactory(
+            experiment.model,
+            experiment.optimizer,
+            spec,
+            mesh,
+            rules=experiment.zero.state_rules(experiment.rules),
+            gradient_rules=experiment.zero.gradient_rules(experiment.rules),
+            offload=experiment.offload_optimizer_state,
+        )
         self.abstract = self.factory.abstract()
         self.tokens_per_step = math.prod(spec["tokens"].shape)
         self.first_batch = 0  # number of the batch that the first step of this start takes
@@ -270,13 +279,12 @@ class _Run:
     def _compile(self):
         experiment = self.experiment
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
-        step = TrainStep(
-            experiment.model,
+        step = TrainStep.of(
+            self.factory,
             experiment.task,
-            self.factory.bound_optimizer,
-            experiment.num_microbatches,
-            experiment.seed,
-            shardings.params if self.mesh.size > 1 else None,
+            num_microbatches=experiment.num_microbatches,
+            seed=experiment.seed,
+            accumulation_dtype=experiment.accumulation_dtype,
         )
 
         def train_step(state, batch):  # its name is that of the program in profiles and dumps

@@ -20,6 +20,7 @@ from paxlike.train.matrices import is_box, unboxed
 from paxlike.train.optimizer import Optimizer, merge
 
 PyTree = Any
+HOST_MEMORY = "pinned_host"
 
 
 @flax.struct.dataclass
@@ -48,14 +49,39 @@ class TrainState:
         return {"params": params, **self.collections}
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layout:
+    """Shardings inside the training step; None where the compiler is left to choose.
+
+    Attributes:
+      gradients: of the gradients of all parameters: they are reduced and scattered rather than replicated.
+      update: of the parameters while they are updated, where that is not their own.
+      opt_state: on the devices, of an optimizer state that is kept on the host.
+    """
+
+    gradients: PyTree = None
+    update: PyTree = None
+    opt_state: PyTree = None
+
+
 @dataclasses.dataclass(frozen=True)
 class StateFactory:
-    """Makes training states of one model and optimizer on one mesh, all from the same abstract description."""
+    """Makes training states of one model and optimizer on one mesh, all from the same abstract description.
+
+    Attributes:
+      spec: of a batch.
+      rules: logical axis -> mesh axis of the optimizer state and the averaged parameters; None: as the parameters.
+      gradient_rules: the same of gradients.
+      offload: keep the optimizer state in the memory of the host between its uses.
+    """
 
     model: nn.Module
     optimizer: Optimizer
-    spec: Mapping[str, jax.ShapeDtypeStruct]  # of a batch
+    spec: Mapping[str, jax.ShapeDtypeStruct]
     mesh: jax.sharding.Mesh
+    rules: parallel.Rules | None = None
+    gradient_rules: parallel.Rules | None = None
+    offload: bool = False
 
     @functools.cached_property
     def bound_optimizer(self) -> Optimizer:
@@ -72,7 +98,29 @@ class StateFactory:
         Raises:
           ValueError: a parameter does not divide over the mesh.
         """
-        return _placed(self._description, self.mesh)
+        description = self._description
+        whole = _placed(description.replace(opt_state=None, ema=None), self.mesh)
+        part = description.replace(params=None, collections={})
+        part = _placed(part, self.mesh, self.rules)
+        opt_state = _in_host_memory(part.opt_state) if self.offload else part.opt_state
+        return whole.replace(opt_state=opt_state, ema=part.ema)
+
+    def layout(self) -> Layout:
+        """Where the training step keeps what it computes on the way from one state to the next."""
+
+        def place(tree, rules=None):
+            return jax.tree.map(lambda leaf: leaf.sharding, _placed(tree, self.mesh, rules))
+
+        description = self._description
+        opt_state = place(description.opt_state, self.rules) if self.offload else None
+        if self.mesh.size == 1:
+            return Layout(opt_state=opt_state)
+        own = place(description.params)
+        update = own if self.rules is None else place(description.params, self.rules)
+        gradients = (
+            own if self.gradient_rules is None else place(description.params, self.gradient_rules)
+        )
+        return Layout(gradients, None if update == own else update, opt_state)
 
     def initialize(self, seed: int) -> TrainState:
         """A fresh state, each shard made on the device that keeps it."""
@@ -134,7 +182,30 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def _placed(boxed: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
+def check_offload() -> None:
+    """Raises ValueError where the devices have no memory of the host that they can read."""
+    device = jax.local_devices()[0]
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if HOST_MEMORY not in kinds:
+        raise ValueError(
+            f"OFFLOAD_OPTIMIZER_STATE=True needs the memory kind {HOST_MEMORY}, and {device.device_kind} has "
+            f"{', '.join(kinds)}; set it to False"
+        )
+
+
+def _in_host_memory(tree: PyTree) -> PyTree:
+    """Abstract arrays, all but scalars, in the memory of the host."""
+
+    def move(leaf):
+        if not leaf.ndim:
+            return leaf
+        place = leaf.sharding.with_memory_kind(HOST_MEMORY)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    return jax.tree.map(move, tree)
+
+
+def _placed(boxed: PyTree, mesh: jax.sharding.Mesh, rules: parallel.Rules | None = None) -> PyTree:
     """Abstract arrays with the shardings that their boxes, or the lack of one, ask for."""
 
     def place(path, leaf):
@@ -146,10 +217,14 @@ def _placed(boxed: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
         ):  # no box, or a factored moment that keeps the box of its parameter but not its rank
             names = (None,) * leaf.ndim
         parallel.check_divisible(
-            names, leaf.shape, dict(mesh.shape), f"parameter '{where}' of shape {leaf.shape}"
+            names,
+            leaf.shape,
+            dict(mesh.shape),
+            f"{'parameter' if rules is None else 'state'} '{where}' of shape {leaf.shape}",
+            rules,
         )
         return jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=parallel.named_sharding(mesh, names)
+            leaf.shape, leaf.dtype, sharding=parallel.named_sharding(mesh, names, rules)
         )
 
     return jax.tree_util.tree_map_with_path(place, boxed, is_leaf=is_box)
