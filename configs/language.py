@@ -22,6 +22,7 @@ from paxlike.experiment import Experiment, InitialWeights, LogOptions
 from paxlike.tasks.language import CausalLanguage
 from paxlike.train.best import BestOptions
 from paxlike.train.optimizer import Adafactor, Lion, Muon, Optimizer, Schedule, Sgd
+from paxlike.train.ramp import Ramp
 
 NORMS_AND_BIASES = r"(scale|bias)$"
 
@@ -57,6 +58,10 @@ class MeshKnobs(Knobs):
     )
     MESH_AXES: Annotated[tuple[str, ...], "names of the mesh axes"] = parallel.AXES
     PERCORE_BATCH_SIZE: Annotated[float, "rows per device and step, may be a fraction"] = 4
+    BATCH_RAMP: Annotated[
+        tuple[int, ...],
+        "rows of the first batch, increment, rows until the batch is whole; []: whole at once",
+    ] = ()
     NUM_MICROBATCHES: Annotated[int, "parts of the batch whose gradients are accumulated"] = 1
     GRADIENT_ACCUMULATION_DTYPE: Annotated[
         Literal["float32", "bfloat16"], "in which the gradients of microbatches are added"
@@ -315,6 +320,7 @@ class LanguageModelKnobs(
             ),
             num_steps=self.MAX_STEPS,
             percore_batch_size=self.PERCORE_BATCH_SIZE,
+            ramp=self.batch_growth(),
             zero=fdl.Config(parallel.Zero, stage=self.ZERO_STAGE, axes=self.ZERO_AXES),
             offload_optimizer_state=self.OFFLOAD_OPTIMIZER_STATE,
             num_microbatches=self.NUM_MICROBATCHES,
@@ -355,6 +361,17 @@ class LanguageModelKnobs(
                 peak_tflops=self.PEAK_TFLOPS,
             ),
         )
+
+    def batch_growth(self) -> fdl.Config[Ramp] | None:
+        """Smaller batches at the start, if asked for."""
+        if not self.BATCH_RAMP:
+            return None
+        if len(self.BATCH_RAMP) != 3:
+            raise ValueError(
+                f"BATCH_RAMP={list(self.BATCH_RAMP)} must be [first batch, increment, rows], all in rows"
+            )
+        start, increment, rows = self.BATCH_RAMP
+        return fdl.Config(Ramp, start=start, increment=increment, rows=rows)
 
     def optimization(self) -> fdl.Config[Optimizer]:
         """The optimizer with its schedule."""

@@ -34,6 +34,7 @@ from paxlike.log.run_log import RunLog
 from paxlike.train import loop
 from paxlike.train.best import BestOptions
 from paxlike.train.optimizer import Optimizer
+from paxlike.train.ramp import Ramp
 from paxlike.train.state import check_offload
 from paxlike.weights import import_params, is_foreign, open_folder
 
@@ -82,6 +83,7 @@ class Experiment:
       percore_batch_size: rows per device and step; may be a fraction.
       zero: which part of parameters, gradients and optimizer state a device keeps while training.
       offload_optimizer_state: keep it in the memory of the host between its uses.
+      ramp: of the batch, up to that size; None for none.
       num_microbatches: parts of the batch whose gradients are accumulated, in `accumulation_dtype`.
       train_data, eval_data: loaders; the held-out ones by name.
       tokenizer: text <-> ids, None where there is no text.
@@ -98,6 +100,7 @@ class Experiment:
     mesh: parallel.Mesh
     num_steps: int
     percore_batch_size: float
+    ramp: Ramp | None = None
     train_data: Any = None
     eval_data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tokenizer: Any = None
@@ -143,6 +146,10 @@ class Experiment:
         if self.num_microbatches < 1:
             raise ValueError(f"NUM_MICROBATCHES={self.num_microbatches} must be at least 1")
         _ = self.global_batch_size
+        if self.ramp is not None:
+            self.ramp.check(
+                self.global_batch_size, self.num_microbatches * self.mesh.num_batch_shards
+            )
         if self.num_steps < 0:
             raise ValueError(f"MAX_STEPS={self.num_steps} is negative")
 
