@@ -34,6 +34,8 @@ from paxlike.log.run_log import RunLog
 from paxlike.train import loop
 from paxlike.train.best import BestOptions
 from paxlike.train.optimizer import Optimizer
+from paxlike.train.ramp import Ramp
+from paxlike.train.state import check_offload
 from paxlike.weights import import_params, is_foreign, open_folder
 
 
@@ -79,8 +81,11 @@ class Experiment:
       mesh, rules: shape of the device mesh, and logical axis -> mesh axis.
       num_steps: optimizer steps of the whole run.
       percore_batch_size: rows per device and step; may be a fraction.
+      zero: which part of parameters, gradients and optimizer state a device keeps while training.
+      offload_optimizer_state: keep it in the memory of the host between its uses.
+      ramp: of the batch, up to that size; None for none.
       num_microbatches: parts of the batch; on a mesh with a pipeline they go through it, elsewhere their gradients are
-        accumulated.
+        accumulated, in `accumulation_dtype`.
       train_data, eval_data: loaders; the held-out ones by name.
       tokenizer: text <-> ids, None where there is no text.
       initial_weights: what a fresh run starts from, None for random weights.
@@ -96,11 +101,15 @@ class Experiment:
     mesh: parallel.Mesh
     num_steps: int
     percore_batch_size: float
+    ramp: Ramp | None = None
     train_data: Any = None
     eval_data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tokenizer: Any = None
     rules: parallel.Rules | None = None
+    zero: parallel.Zero = parallel.Zero()
+    offload_optimizer_state: bool = False
     num_microbatches: int = 1
+    accumulation_dtype: str = "float32"
     seed: int = 1234
     compute_dtype: str = "float32"
     initial_weights: InitialWeights | None = None
@@ -116,14 +125,20 @@ class Experiment:
     def global_batch_size(self) -> int:
         """Rows of one step over all devices; ValueError where the numbers do not fit together."""
         rows = self.mesh.global_batch_size(self.percore_batch_size)
-        # A pipeline holds different microbatches at its stages: each is spread over the other axes only.
-        shards = self.mesh.num_batch_shards // self.mesh.shape.get("pipeline", 1)
-        if rows % (self.num_microbatches * shards):
+        if rows % self._rows_multiple:
+            shards = self._rows_multiple // self.num_microbatches
             raise ValueError(
                 f"NUM_MICROBATCHES={self.num_microbatches} does not divide the {rows // shards} rows of each of the "
                 f"{shards} batch shards ({rows} rows in all)"
             )
         return rows
+
+    @property
+    def _rows_multiple(self) -> int:
+        """What the rows of every batch divide by."""
+        # A pipeline holds different microbatches at its stages: each is spread over the other axes only.
+        shards = self.mesh.num_batch_shards // self.mesh.shape.get("pipeline", 1)
+        return self.num_microbatches * shards
 
     @property
     def num_accumulated(self) -> int:
@@ -134,9 +149,19 @@ class Experiment:
         """Raises one clear ValueError for what cannot work, before anything is allocated."""
         self.mesh.check_devices(jax.device_count())
         parallel.check_axes(self.mesh.shape, self.rules)
+        self.zero.check(self.mesh.shape)
+        if self.offload_optimizer_state:
+            check_offload()
+        if self.accumulation_dtype != "float32" and self.num_accumulated == 1:
+            why = "NUM_MICROBATCHES=1" if self.num_microbatches == 1 else "a pipeline"
+            raise ValueError(
+                f"GRADIENT_ACCUMULATION_DTYPE={self.accumulation_dtype} has no effect with {why}"
+            )
         if self.num_microbatches < 1:
             raise ValueError(f"NUM_MICROBATCHES={self.num_microbatches} must be at least 1")
         _ = self.global_batch_size
+        if self.ramp is not None:
+            self.ramp.check(self.global_batch_size, self._rows_multiple)
         if self.num_steps < 0:
             raise ValueError(f"MAX_STEPS={self.num_steps} is negative")
 

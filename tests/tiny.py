@@ -73,7 +73,18 @@ class Trainer:
     """A model, state and compiled step on a mesh; `step(batch)` returns the step's metrics."""
 
     def __init__(
-        self, shape=(1, 1, 1), *, net=None, opt=None, task=None, microbatches=1, data=None, seed=0
+        self,
+        shape=(1, 1, 1),
+        *,
+        net=None,
+        opt=None,
+        task=None,
+        microbatches=1,
+        data=None,
+        seed=0,
+        zero=None,
+        offload=False,
+        accumulation_dtype="float32",
     ):
         count = int(np.prod(shape))
         self.mesh = parallel.Mesh(ici=shape).build(jax.devices()[:count])
@@ -83,22 +94,31 @@ class Trainer:
             opt or optimizer(),
             task or CausalLanguage(),
         )
-        with parallel.activate(self.mesh):
+        zero = zero or parallel.Zero()
+        self.rules = zero.parameter_rules(None)
+        with parallel.activate(self.mesh, self.rules):
             names = {k: ("batch", "length")[: v.ndim] for k, v in self.data[0].items()}
             self.place = {k: parallel.named_sharding(self.mesh, n) for k, n in names.items()}
             spec = {
                 k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=self.place[k])
                 for k, v in self.data[0].items()
             }
-            self.factory = StateFactory(self.model, self.optimizer, spec, self.mesh)
+            self.factory = StateFactory(
+                self.model,
+                self.optimizer,
+                spec,
+                self.mesh,
+                rules=zero.state_rules(None),
+                gradient_rules=zero.gradient_rules(None),
+                offload=offload,
+            )
             self.abstract = self.factory.abstract()
             self.shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
-            function = TrainStep(
-                self.model,
+            function = TrainStep.of(
+                self.factory,
                 self.task,
-                self.optimizer,
-                microbatches,
-                shardings=self.shardings.params if count > 1 else None,
+                num_microbatches=microbatches,
+                accumulation_dtype=accumulation_dtype,
             )
             jitted = jax.jit(function, donate_argnums=0, out_shardings=(self.shardings, None))
             self.compiled = jitted.lower(self.abstract, spec).compile()
@@ -106,7 +126,7 @@ class Trainer:
 
     def step(self, batch):
         """Takes one step and waits for it."""
-        with parallel.activate(self.mesh):
+        with parallel.activate(self.mesh, self.rules):
             self.state, metrics = self.compiled(
                 self.state, {k: jax.device_put(v, self.place[k]) for k, v in batch.items()}
             )

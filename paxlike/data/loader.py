@@ -1,6 +1,6 @@
 """The loader: from a source to global batches, in an order that is a pure function of (seed, step).
 
-Row r of step t is number `t * global_batch + r` of an endless order in which every epoch is a new
+Row r of step t is number `first_row + t * global_batch + r` of an endless order in which every epoch is a new
 permutation. So the number of processes does not matter, the position of a run is its step, and a
 run goes on at any step at once. Each process reads only the rows its devices hold, in a thread
 ahead of the device.
@@ -115,10 +115,11 @@ class Loader:
         *,
         global_batch: int,
         start_step: int = 0,
+        first_row: int = 0,
         sharding: Sharding | None = None,
         prefetch: int = 2,
     ) -> BatchIterator:
-        """Training batches from `start_step` on, without end.
+        """Training batches from `start_step` on, without end; step 0 begins with row `first_row`.
 
         `sharding` is that of the (b, s) arrays; None gives numpy arrays of all rows.
         """
@@ -128,7 +129,7 @@ class Loader:
         rows, order = self._rows, self._order
 
         def make(step: int) -> dict[str, Any]:
-            found = rows.gather(order(step * global_batch + place.rows))
+            found = rows.gather(order(first_row + step * global_batch + place.rows))
             return place.put({key: found[key] for key in spec})
 
         return BatchIterator(make, start=start_step, prefetch=prefetch)

@@ -33,7 +33,7 @@ class Embedding(nn.Module):
     dtype: str = "float32"
 
     def setup(self):
-        init = nn.with_logical_partitioning(self.table_init, ("vocab", "embed"))
+        init = parallel.kernel_init(self.table_init, ("vocab", "embed"), num_inputs=1)
         self.table = self.param("table", init, (self.vocab_size, self.features), jnp.float32)
 
     def __call__(self, tokens: Int[Array, "b s"]) -> Float[Array, "b s d"]:
@@ -62,7 +62,7 @@ class LearnedPosition(nn.Module):
     def __call__(
         self, x: Float[Array, "b s d"], positions: Int[Array, "b s"] | None = None
     ) -> Float[Array, "b s d"]:
-        init = nn.with_logical_partitioning(self.table_init, ("position", "embed"))
+        init = parallel.kernel_init(self.table_init, ("position", "embed"), num_inputs=1)
         table = self.param("table", init, (self.max_length, x.shape[-1]), jnp.float32)
         if positions is None:
             if x.shape[1] > self.max_length:

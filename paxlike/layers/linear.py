@@ -82,7 +82,7 @@ class Linear(nn.Module):
         base = None if self.adapter is None else self.adapter.base
         shape = inputs + features
         if base in (None, "bfloat16"):
-            init = nn.with_logical_partitioning(self.kernel_init, self.axes)
+            init = parallel.kernel_init(self.kernel_init, self.axes, num_inputs=len(inputs))
             return self.param("kernel", init, shape, jnp.dtype(base or "float32"))
         if self.dot_general_cls is not None:
             raise ValueError(f"LORA_BASE='{base}' and USE_FP8=True are two ways to store a weight")

@@ -8,6 +8,7 @@ from paxlike.parallel.context import (
     gather_length,
     scatter_length,
 )
+from paxlike.parallel.kernel import Kernel, kernel_init
 from paxlike.parallel.mesh import AXES, BATCH_AXES, Mesh
 from paxlike.parallel.pipeline import (
     LAYER_INPUT,
@@ -28,8 +29,10 @@ from paxlike.parallel.rules import (
     rules_with,
     shard,
     spec,
+    spread,
     whole_rows,
 )
+from paxlike.parallel.zero import Zero
 
 __all__ = [
     "AXES",
@@ -37,8 +40,10 @@ __all__ = [
     "DEFAULT_RULES",
     "LAYER_INPUT",
     "Context",
+    "Kernel",
     "Mesh",
     "Rules",
+    "Zero",
     "activate",
     "bubble",
     "check_axes",
@@ -48,6 +53,7 @@ __all__ = [
     "check_pipeline",
     "current_context",
     "gather_length",
+    "kernel_init",
     "named_sharding",
     "num_shards",
     "num_stages",
@@ -56,6 +62,7 @@ __all__ = [
     "scatter_length",
     "shard",
     "spec",
+    "spread",
     "whole_rows",
     "without_pipeline",
 ]

@@ -105,9 +105,26 @@ def shard(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(*_mesh_axes(names, sizes)))
 
 
-def named_sharding(mesh: jax.sharding.Mesh, names: tuple[str | None, ...]) -> NamedSharding:
-    """The sharding of an array with these logical names on `mesh`."""
-    return NamedSharding(mesh, P(*_mesh_axes(names, dict(mesh.shape))))
+def spread(x: jax.Array) -> jax.Array:
+    """`x` with its first dimension over the mesh axes that divide it and the others whole, for work on each row alone.
+
+    Where no axis divides it the compiler is left to choose.
+    """
+    sizes = compat.current_mesh_shape()
+    axes: list[str] = []
+    for axis, size in sizes.items():
+        if size > 1 and x.shape[0] % (size * math.prod(sizes[a] for a in axes)) == 0:
+            axes.append(axis)
+    if not axes:
+        return x
+    return jax.lax.with_sharding_constraint(x, P(tuple(axes), *(None,) * (x.ndim - 1)))
+
+
+def named_sharding(
+    mesh: jax.sharding.Mesh, names: tuple[str | None, ...], rules: Rules | None = None
+) -> NamedSharding:
+    """The sharding of an array with these logical names on `mesh`, by `rules` or those in force."""
+    return NamedSharding(mesh, P(*_mesh_axes(names, dict(mesh.shape), rules)))
 
 
 def num_shards(name: str) -> int:
@@ -151,11 +168,16 @@ def check_axes(sizes: Mapping[str, int], rules: Rules | None = None) -> None:
 
 
 def check_divisible(
-    names: tuple[str | None, ...], shape: tuple[int, ...], sizes: Mapping[str, int], what: str
+    names: tuple[str | None, ...],
+    shape: tuple[int, ...],
+    sizes: Mapping[str, int],
+    what: str,
+    rules: Rules | None = None,
 ) -> None:
     """Raises one line that names the numbers where a dimension of `shape` does not divide over its mesh axes."""
+    rules = _rules.get() if rules is None else rules
     for name, size in zip(names, shape, strict=True):
-        axes = _as_tuple(_rules.get().get(name) if name else None)
+        axes = _as_tuple(rules.get(name) if name else None)
         parts = math.prod(sizes.get(axis, 1) for axis in axes)
         if size % parts:
             fits = [n for n in range(1, parts + 1) if size % n == 0 and parts % n == 0]
@@ -165,8 +187,10 @@ def check_divisible(
             )
 
 
-def _mesh_axes(names: tuple[str | None, ...], sizes: Mapping[str, int]) -> list[MeshAxes]:
-    rules = _rules.get()
+def _mesh_axes(
+    names: tuple[str | None, ...], sizes: Mapping[str, int], rules: Rules | None = None
+) -> list[MeshAxes]:
+    rules = _rules.get() if rules is None else rules
     result: list[MeshAxes] = []
     taken: dict[str, str | None] = {}
     for name in names:

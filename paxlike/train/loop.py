@@ -30,6 +30,7 @@ from paxlike.log.profiler import Profiler
 from paxlike.log.run_log import RunLog
 from paxlike.train.best import Best
 from paxlike.train.optimizer import merge
+from paxlike.train.ramp import Feed
 from paxlike.train.state import StateFactory, TrainState, num_parameters, replicated
 from paxlike.train.step import TrainStep
 
@@ -45,7 +46,8 @@ def train(experiment: Experiment, job_log_dir: str, *, config: str, config_text:
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(experiment.open_log(directory, num_steps=experiment.num_steps))
         mesh = experiment.mesh.build()
-        stack.enter_context(parallel.activate(mesh, experiment.rules))
+        rules = experiment.zero.parameter_rules(experiment.rules)
+        stack.enter_context(parallel.activate(mesh, rules))
         return _Run(experiment, directory, mesh, log, config, config_text).run(stack)
 
 
@@ -65,11 +67,18 @@ class _Run:
         self.config, self.config_text = config, config_text
         self.global_batch = experiment.global_batch_size
         spec = experiment.train_data.spec(self.global_batch)
-        self.spec = batch_spec(spec, mesh)
-        self.factory = StateFactory(experiment.model, experiment.optimizer, spec, mesh)
+        self.factory = StateFactory(
+            experiment.model,
+            experiment.optimizer,
+            spec,
+            mesh,
+            rules=experiment.zero.state_rules(experiment.rules),
+            gradient_rules=experiment.zero.gradient_rules(experiment.rules),
+            offload=experiment.offload_optimizer_state,
+        )
         self.abstract = self.factory.abstract()
         self.tokens_per_step = math.prod(spec["tokens"].shape)
-        self.first_batch = 0  # number of the batch that the first step of this start takes
+        self.first_row = 0  # number of the row that the first step of this start begins with
 
     def run(self, stack: contextlib.ExitStack) -> int:
         experiment, log = self.experiment, self.log
@@ -90,15 +99,18 @@ class _Run:
         ):
             with log.busy(f"opening the held-out set {name}"):
                 data.num_examples()  # now, not at the first evaluation, when the devices wait
-        batches = experiment.train_data.batches(
-            global_batch=self.global_batch,
-            start_step=self.first_batch,
+        batches = Feed(
+            experiment.train_data,
+            whole=self.global_batch,
+            ramp=experiment.ramp,
+            first_row=self.first_row,
             sharding=parallel.named_sharding(self.mesh, ("batch", "length")),
         )
         stack.callback(batches.close)
+        rows = batches.size  # of a step; it changes while a ramp lasts
         with log.busy("compiling the training step"):
-            step_function = self._compile()
-            flops = self._flops()
+            step_function = self._compile(rows)
+            flops = self._flops(rows)
         evaluators = self._evaluators()
         options = experiment.logging
         profiler = Profiler(
@@ -108,22 +120,16 @@ class _Run:
             log=log,
         )
         stack.callback(profiler.close)
-        waiting: deque[tuple[int, Mapping[str, Any], float]] = deque()
+        waiting: deque[tuple[int, Mapping[str, Any], dict[str, Any]]] = deque()
         skipped = int(state.skipped_steps)
 
         def settle(limit: int) -> None:
             """Logs finished steps until at most `limit` are in flight."""
             nonlocal skipped
             while len(waiting) > limit:
-                done, metrics, waited = waiting.popleft()
+                done, metrics, its = waiting.popleft()
                 metrics = jax.device_get(metrics)  # waits for this step, while later ones run
-                log.train(
-                    done,
-                    metrics,
-                    data_wait_seconds=waited,
-                    tokens=self.tokens_per_step,
-                    flops=flops,
-                )
+                log.train(done, metrics, **its)
                 if int(metrics["skipped_steps"]) > skipped:
                     skipped = int(metrics["skipped_steps"])
                     norm = float(metrics["grad_norm"])
@@ -134,12 +140,24 @@ class _Run:
                     )
 
         for done in range(start + 1, experiment.num_steps + 1):
+            if batches.size != rows:
+                settle(0)
+                rows = batches.size
+                with log.pause("compilation"):
+                    step_function, flops = self._compile(rows), self._flops(rows)
+                log.progress.write(f"from step {done:,} on a batch has {rows:,} rows")
+                log.event("batch_size", step=done, rows=rows)
             waited = batches.waited_seconds
             batch = next(batches)
             profiler.before_step(done)
             state, metrics = step_function(state, batch)
             profiler.after_step(done, metrics)
-            waiting.append((done, metrics, batches.waited_seconds - waited))
+            about: dict[str, Any] = {
+                "data_wait_seconds": batches.waited_seconds - waited,
+                "tokens": math.prod(batch["tokens"].shape),
+                "flops": flops,
+            }
+            waiting.append((done, metrics, about))
             settle(_max_in_flight())
             last, better, enough = done == experiment.num_steps, False, False
             if experiment.evaluation.due(done, experiment.num_steps):
@@ -202,7 +220,7 @@ class _Run:
         with log.busy("reading the newest checkpoint") if there else contextlib.nullcontext():
             restored = checkpointer.restore(self._saved(self.abstract))
         if restored is not None:
-            self.first_batch = self._data_position(restored.data)
+            self.first_row = self._data_position(restored.data)
             self._write_config()
             log.resumed(restored.step)
             log.progress.write(f"going on from the checkpoint of step {restored.step:,}")
@@ -250,7 +268,7 @@ class _Run:
         self.log.text("config", self.config_text)
 
     def _data_position(self, saved: Mapping[str, Any]) -> int:
-        """Number of the batch to go on with; ValueError where the data is not what the checkpoint was made with."""
+        """Number of the row to go on with; ValueError where the data is not what the checkpoint was made with."""
         here = self.experiment.train_data.fingerprint()
         changed = [name for name in here if here[name] != saved["fingerprint"].get(name)]
         if changed:
@@ -260,23 +278,20 @@ class _Run:
                 f"{saved['fingerprint'].get(name)} and is {here[name]}; go on with the same data, or start another "
                 f"job_log_dir from these weights with CHECKPOINT_RESTORE_PATH={self.directory}"
             )
-        if saved["rows"] % self.global_batch:
-            raise ValueError(
-                f"the checkpoint is {saved['rows']:,} rows into the data, which {self.global_batch} rows a step do not "
-                "divide; use a batch that does"
-            )
-        return saved["rows"] // self.global_batch
+        return saved["rows"]
 
-    def _compile(self):
+    def _spec(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+        return batch_spec(self.experiment.train_data.spec(rows), self.mesh)
+
+    def _compile(self, rows: int):
         experiment = self.experiment
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
-        step = TrainStep(
-            experiment.model,
+        step = TrainStep.of(
+            self.factory,
             experiment.task,
-            experiment.optimizer,
-            experiment.num_accumulated,
-            experiment.seed,
-            shardings.params if self.mesh.size > 1 else None,
+            num_microbatches=experiment.num_accumulated,
+            seed=experiment.seed,
+            accumulation_dtype=experiment.accumulation_dtype,
         )
 
         def train_step(state, batch):  # its name is that of the program in profiles and dumps
@@ -285,14 +300,14 @@ class _Run:
         jitted = jax.jit(
             train_step, donate_argnums=0, out_shardings=(shardings, replicated(self.mesh))
         )
-        return jitted.lower(self.abstract, self.spec).compile()
+        return jitted.lower(self.abstract, self._spec(rows)).compile()
 
-    def _flops(self) -> int:
+    def _flops(self, rows: int) -> int:
         variables = {"params": self.abstract.params, **self.abstract.collections}
         model = self.experiment.model
         with parallel.without_pipeline():
             return train_flops(
-                lambda v, b: self.experiment.task.forward(model, v, b), variables, self.spec
+                lambda v, b: self.experiment.task.forward(model, v, b), variables, self._spec(rows)
             )
 
     def _evaluators(self) -> list[Evaluator]:
@@ -315,7 +330,7 @@ class _Run:
         self, checkpointer: Checkpointer, state: TrainState, done: int, batches, *, wait: bool
     ) -> None:
         data = {
-            "rows": batches.step * self.global_batch,
+            "rows": batches.rows,
             "fingerprint": self.experiment.train_data.fingerprint(),
         }
         saved = checkpointer.save(

@@ -1,7 +1,8 @@
-"""Optimizer: global-norm clip, Adam, decoupled weight decay, learning-rate schedule, as Pax orders them.
+"""Optimizer: global-norm clip, a direction, decoupled weight decay, learning-rate schedule, as Pax orders them.
 
-update = -lr(step) * (cap(adam(clip(g))) + weight_decay * p). The schedule is a function of the step counter of the
-training state, which advances on skipped steps too. AdamW: Loshchilov and Hutter 2019.
+update = -lr(step) * factor * (cap(direction(clip(g))) + weight_decay * p), where the direction is Adam's or another of
+`directions`, and the factor is 1 but for parameters that are named. The schedule is a function of the step counter of
+the training state, which advances on skipped steps too. AdamW: Loshchilov and Hutter 2019.
 """
 
 from __future__ import annotations
@@ -9,79 +10,41 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from paxlike.train.directions import Adafactor, Adam, Direction, Lion, Muon, Sgd, regex
+from paxlike.train.matrices import Split, map_named, named, splits
+from paxlike.train.schedule import Schedule
+
+__all__ = ["Adafactor", "Adam", "Lion", "Muon", "Optimizer", "Schedule", "Sgd", "merge"]
+
 PyTree = Any
 
 
 @dataclasses.dataclass(frozen=True)
-class Schedule:
-    """Learning rate as a function of the step: linear warm-up from 0, then flat, then decay.
-
-    Attributes:
-      kind: `linear_rampup_cosine_decay`, `linear_rampup_exponential_decay` or `constant` (Pax's names).
-      peak: learning rate at the end of the warm-up.
-      warmup, decay_start, decay_end: steps; flat between warmup and decay_start, constant after decay_end.
-      min_ratio, max_ratio: factors of `peak` at the end and at the top.
-    """
-
-    kind: Literal["linear_rampup_cosine_decay", "linear_rampup_exponential_decay", "constant"]
-    peak: float
-    warmup: int = 0
-    decay_start: int = 0
-    decay_end: int = 1
-    min_ratio: float = 0.1
-    max_ratio: float = 1.0
-
-    def __post_init__(self):
-        kinds = ("linear_rampup_cosine_decay", "linear_rampup_exponential_decay", "constant")
-        if self.kind not in kinds:
-            raise ValueError(f"LR_SCHEDULE='{self.kind}' is none of {', '.join(kinds)}")
-        if self.kind != "constant" and not 0 <= self.warmup <= self.decay_start < self.decay_end:
-            raise ValueError(
-                f"the schedule needs warmup <= decay start < decay end, got "
-                f"{self.warmup}, {self.decay_start}, {self.decay_end}"
-            )
-
-    def __call__(self, step: jax.typing.ArrayLike) -> Float[Array, ""]:
-        """The learning rate of step `step` (counted from 0)."""
-        if self.kind == "constant":
-            return jnp.asarray(self.peak, jnp.float32)
-        step = jnp.asarray(step, jnp.float32)
-        rise = (
-            jnp.minimum(step / max(self.warmup, 1), 1.0)
-            if self.warmup
-            else jnp.ones((), jnp.float32)
-        )
-        done = jnp.clip((step - self.decay_start) / (self.decay_end - self.decay_start), 0.0, 1.0)
-        if self.kind == "linear_rampup_cosine_decay":
-            fall = self.min_ratio + (self.max_ratio - self.min_ratio) * 0.5 * (
-                1.0 + jnp.cos(jnp.pi * done)
-            )
-        else:
-            fall = self.max_ratio * (self.min_ratio / self.max_ratio) ** done
-        return self.peak * rise * fall
-
-
-@dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """AdamW with the semantics of Pax.
+    """AdamW, or another direction, with the semantics of Pax.
 
     Attributes:
       clip_norm: bound of the global gradient norm, 0 for none.
-      clip_update: cap of the root mean square of each tensor's Adam update, 0 or less for none.
-      epsilon, epsilon_root: update = m / (sqrt(v + epsilon_root) + epsilon).
+      clip_update: cap of the root mean square of each tensor's direction, 0 or less for none.
+      b1, b2, epsilon, epsilon_root: of Adam: m / (sqrt(v + epsilon_root) + epsilon).
+      first_dtype, second_dtype: in which Adam's moments are kept, float32 or bfloat16.
+      direction: in place of Adam: one of `directions`.
       weight_decay: decoupled, times the learning rate.
       decay_exclude: parameters whose path matches this regular expression are not decayed; None decays all (Pax).
+      rate_factors: (regular expression, factor of the learning rate); the first that matches a path counts. A factor
+        of 0 freezes, as if the parameter were not trainable.
       skip_norm: skip steps whose gradient norm is above this, 0 for none; non-finite ones are always skipped.
       ema_decay: of the averaged parameters, 0 for none.
       trainable: parameters whose path matches this regular expression are trained; None trains all. The others have no
         gradient, no moments and no average.
+      splits: the matrices that each parameter is made of; `bound` fills it in.
     """
 
     schedule: Schedule
@@ -89,29 +52,60 @@ class Optimizer:
     b2: float = 0.999
     epsilon: float = 1e-8
     epsilon_root: float = 0.0
+    first_dtype: str = "float32"
+    second_dtype: str = "float32"
+    direction: Direction | None = None
     weight_decay: float = 0.0
     decay_exclude: str | None = None
+    rate_factors: tuple[tuple[str, float], ...] = ()
     clip_norm: float = 0.0
     clip_update: float = 0.0
     skip_norm: float = 0.0
     ema_decay: float = 0.0
     trainable: str | None = None
+    splits: Mapping[str, Split] | None = None
 
     def __post_init__(self):
         if self.trainable is not None:
-            try:
-                re.compile(self.trainable)
-            except re.error as error:
+            regex("trainable", self.trainable)
+        if self.decay_exclude is not None:
+            regex("WEIGHT_DECAY_EXCLUDE", self.decay_exclude)
+        for pattern, factor in self.rate_factors:
+            regex("LEARNING_RATE_FACTORS", pattern)
+            if not factor >= 0.0:
+                raise ValueError(f"LEARNING_RATE_FACTORS: {factor} for {pattern!r} is negative")
+        if not 0.0 <= self.ema_decay < 1.0:
+            raise ValueError(f"EMA_DECAY={self.ema_decay} is not in [0, 1)")
+        _ = self.adam  # refuses bad numbers
+
+    @property
+    def adam(self) -> Adam:
+        """The direction where there is no other, and of the parameters that another leaves."""
+        moments = {"first_dtype": self.first_dtype, "second_dtype": self.second_dtype}
+        return Adam(self.b1, self.b2, self.epsilon, self.epsilon_root, **moments)
+
+    def bound(self, params: PyTree) -> Optimizer:
+        """This optimizer for a model with these parameters, in their boxes: it knows their matrices then.
+
+        Raises:
+          ValueError: a regular expression matches no parameter, or there is nothing to work on.
+        """
+        if self.splits is not None:
+            return self
+        names = list(named(params))
+        patterns = [("LEARNING_RATE_FACTORS", pattern) for pattern, _ in self.rate_factors]
+        if self.weight_decay and self.decay_exclude is not None:
+            patterns.append(("WEIGHT_DECAY_EXCLUDE", self.decay_exclude))
+        if isinstance(self.direction, Muon) and self.direction.by_adam is not None:
+            patterns.append(("MUON_EXCLUDE", self.direction.by_adam))
+        for knob, pattern in patterns:
+            if not any(re.search(pattern, name) for name in names):
                 raise ValueError(
-                    f"trainable={self.trainable!r} is no regular expression: {error}"
-                ) from error
-        for name, value in (
-            ("ADAM_BETA1", self.b1),
-            ("ADAM_BETA2", self.b2),
-            ("EMA_DECAY", self.ema_decay),
-        ):
-            if not 0.0 <= value < 1.0:
-                raise ValueError(f"{name}={value} is not in [0, 1)")
+                    f"{knob}: {pattern!r} matches no parameter; they are called {names[0]} and so on"
+                )
+        bound = dataclasses.replace(self, splits=splits(params))
+        bound._transformation(splits(bound.select(params)))
+        return bound
 
     def select(self, params: PyTree) -> PyTree:
         """The trainable part of nested dictionaries of parameters (or of their shardings): None in place of the rest.
@@ -119,13 +113,13 @@ class Optimizer:
         Raises:
           ValueError: nothing is trainable.
         """
-        if self.trainable is None:
+        if self.trainable is None and all(factor for _, factor in self.rate_factors):
             return params
-        compiled = re.compile(self.trainable)
+        trainable = re.compile(self.trainable or "")
 
         def pick(path, leaf):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
-            return leaf if compiled.search(name) else None
+            return leaf if trainable.search(name) and self.rate_factor(name) else None
 
         # A leaf is what is no dictionary: boxes and shardings are not looked into.
         is_leaf = lambda node: not isinstance(node, Mapping)
@@ -133,10 +127,17 @@ class Optimizer:
         if not jax.tree.leaves(part):
             first = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_leaf)[0][0]
             name = jax.tree_util.keystr(first, simple=True, separator="/")
-            raise ValueError(
-                f"trainable={self.trainable!r} matches no parameter; they are called {name} and so on"
+            what = (
+                f"trainable={self.trainable!r} matches no parameter"
+                if self.trainable is not None
+                else "LEARNING_RATE_FACTORS freezes every parameter"
             )
+            raise ValueError(f"{what}; they are called {name} and so on")
         return part
+
+    def rate_factor(self, name: str) -> float:
+        """What the learning rate is multiplied by for the parameter of this path."""
+        return next((f for pattern, f in self.rate_factors if re.search(pattern, name)), 1.0)
 
     def init(self, params: PyTree) -> PyTree:
         """State for trainable `params`; moments have the shapes, and the boxes, of the parameters."""
@@ -157,14 +158,27 @@ class Optimizer:
         finite = jnp.isfinite(norm)
         return finite & (norm <= self.skip_norm) if self.skip_norm > 0 else finite
 
-    def _transformation(self) -> optax.GradientTransformation:
-        parts = [optax.scale_by_adam(self.b1, self.b2, self.epsilon, self.epsilon_root)]
+    def _transformation(
+        self, of: Mapping[str, Split] | None = None
+    ) -> optax.GradientTransformation:
+        direction, of = self.direction or self.adam, of or self.splits
+        if of is None and isinstance(direction, Adafactor | Muon):
+            raise ValueError(
+                f"{type(direction).__name__} must know the matrices of the model: use `bound(params)` of the optimizer"
+            )
+        parts = [direction.transformation(of or {}, self.adam)]
         if self.clip_update > 0:
             parts.append(optax.clip_by_block_rms(self.clip_update))
         if self.weight_decay:
             mask = None if self.decay_exclude is None else _paths_not_matching(self.decay_exclude)
             parts.append(optax.add_decayed_weights(self.weight_decay, mask))
+        if self.rate_factors:
+            parts.append(optax.stateless(lambda u, _: map_named(self._scaled, u)))
         return optax.chain(*parts)
+
+    def _scaled(self, name: str, direction: jax.Array) -> jax.Array:
+        factor = self.rate_factor(name)
+        return direction if factor == 1.0 else factor * direction
 
 
 def merge(part: PyTree, whole: PyTree) -> PyTree:
@@ -175,14 +189,4 @@ def merge(part: PyTree, whole: PyTree) -> PyTree:
 
 
 def _paths_not_matching(pattern: str) -> Callable[[PyTree], PyTree]:
-    compiled = re.compile(pattern)
-
-    def mask(params: PyTree) -> PyTree:
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: (
-                compiled.search(jax.tree_util.keystr(path, simple=True, separator="/")) is None
-            ),
-            params,
-        )
-
-    return mask
+    return lambda params: map_named(lambda name, _: re.search(pattern, name) is None, params)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,9 +16,11 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
 from paxlike import parallel
+from paxlike.train.matrices import is_box, unboxed
 from paxlike.train.optimizer import Optimizer, merge
 
 PyTree = Any
+HOST_MEMORY = "pinned_host"
 
 
 @flax.struct.dataclass
@@ -46,14 +49,48 @@ class TrainState:
         return {"params": params, **self.collections}
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layout:
+    """Shardings inside the training step; None where the compiler is left to choose.
+
+    Attributes:
+      gradients: of the gradients of all parameters: they are reduced and scattered rather than replicated.
+      update: of the parameters while they are updated, where that is not their own.
+      opt_state: on the devices, of an optimizer state that is kept on the host.
+    """
+
+    gradients: PyTree = None
+    update: PyTree = None
+    opt_state: PyTree = None
+
+
 @dataclasses.dataclass(frozen=True)
 class StateFactory:
-    """Makes training states of one model and optimizer on one mesh, all from the same abstract description."""
+    """Makes training states of one model and optimizer on one mesh, all from the same abstract description.
+
+    Attributes:
+      spec: of a batch.
+      rules: logical axis -> mesh axis of the optimizer state and the averaged parameters; None: as the parameters.
+      gradient_rules: the same of gradients.
+      offload: keep the optimizer state in the memory of the host between its uses.
+    """
 
     model: nn.Module
     optimizer: Optimizer
-    spec: Mapping[str, jax.ShapeDtypeStruct]  # of a batch
+    spec: Mapping[str, jax.ShapeDtypeStruct]
     mesh: jax.sharding.Mesh
+    rules: parallel.Rules | None = None
+    gradient_rules: parallel.Rules | None = None
+    offload: bool = False
+
+    @functools.cached_property
+    def bound_optimizer(self) -> Optimizer:
+        """The optimizer that knows the matrices of the model's parameters (see `Optimizer.bound`)."""
+        return self.optimizer.bound(self._description.params)
+
+    @functools.cached_property
+    def _description(self) -> TrainState:
+        return jax.eval_shape(self._boxed, jax.random.key(0))
 
     def abstract(self) -> TrainState:
         """Shapes, dtypes and shardings of the state; nothing is allocated.
@@ -61,13 +98,35 @@ class StateFactory:
         Raises:
           ValueError: a parameter does not divide over the mesh.
         """
-        return _placed(jax.eval_shape(self._boxed, jax.random.key(0)), self.mesh)
+        description = self._description
+        whole = _placed(description.replace(opt_state=None, ema=None), self.mesh)
+        part = description.replace(params=None, collections={})
+        part = _placed(part, self.mesh, self.rules)
+        opt_state = _in_host_memory(part.opt_state) if self.offload else part.opt_state
+        return whole.replace(opt_state=opt_state, ema=part.ema)
+
+    def layout(self) -> Layout:
+        """Where the training step keeps what it computes on the way from one state to the next."""
+
+        def place(tree, rules=None):
+            return jax.tree.map(lambda leaf: leaf.sharding, _placed(tree, self.mesh, rules))
+
+        description = self._description
+        opt_state = place(description.opt_state, self.rules) if self.offload else None
+        if self.mesh.size == 1:
+            return Layout(opt_state=opt_state)
+        own = place(description.params)
+        update = own if self.rules is None else place(description.params, self.rules)
+        gradients = (
+            own if self.gradient_rules is None else place(description.params, self.gradient_rules)
+        )
+        return Layout(gradients, None if update == own else update, opt_state)
 
     def initialize(self, seed: int) -> TrainState:
         """A fresh state, each shard made on the device that keeps it."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract())
         make = jax.jit(
-            lambda key: jax.tree.map(_unbox, self._boxed(key), is_leaf=_is_box),
+            lambda key: jax.tree.map(unboxed, self._boxed(key), is_leaf=is_box),
             out_shardings=shardings,
         )
         return make(jax.random.key(seed))
@@ -77,12 +136,13 @@ class StateFactory:
         inputs = {k: jnp.zeros(v.shape, v.dtype) for k, v in self.spec.items() if k == "tokens"}
         variables = dict(self.model.init({"params": key, "dropout": key}, **inputs))
         params = variables.pop("params")
-        trained = self.optimizer.select(params)
+        optimizer = self.optimizer.bound(params)
+        trained = optimizer.select(params)
         _check_trainable(trained)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
-            opt_state=self.optimizer.init(trained),
+            opt_state=optimizer.init(trained),
             collections=variables,
             # A copy: the averaged parameters must not share buffers with those that are donated to the step.
             ema=jax.tree.map(jnp.copy, trained) if self.optimizer.ema_decay else None,
@@ -122,32 +182,49 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def _placed(boxed: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
+def check_offload() -> None:
+    """Raises ValueError where the devices have no memory of the host that they can read."""
+    device = jax.local_devices()[0]
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if HOST_MEMORY not in kinds:
+        raise ValueError(
+            f"OFFLOAD_OPTIMIZER_STATE=True needs the memory kind {HOST_MEMORY}, and {device.device_kind} has "
+            f"{', '.join(kinds)}; set it to False"
+        )
+
+
+def _in_host_memory(tree: PyTree) -> PyTree:
+    """Abstract arrays, all but scalars, in the memory of the host."""
+
+    def move(leaf):
+        if not leaf.ndim:
+            return leaf
+        place = leaf.sharding.with_memory_kind(HOST_MEMORY)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    return jax.tree.map(move, tree)
+
+
+def _placed(boxed: PyTree, mesh: jax.sharding.Mesh, rules: parallel.Rules | None = None) -> PyTree:
     """Abstract arrays with the shardings that their boxes, or the lack of one, ask for."""
 
     def place(path, leaf):
-        names = leaf.names if _is_box(leaf) else ()
-        leaf = _unbox(leaf)
+        names = leaf.names if is_box(leaf) else ()
+        leaf = unboxed(leaf)
         where = jax.tree_util.keystr(path, simple=True, separator="/")
         if (
             len(names) != leaf.ndim
         ):  # no box, or a factored moment that keeps the box of its parameter but not its rank
             names = (None,) * leaf.ndim
         parallel.check_divisible(
-            names, leaf.shape, dict(mesh.shape), f"parameter '{where}' of shape {leaf.shape}"
+            names,
+            leaf.shape,
+            dict(mesh.shape),
+            f"{'parameter' if rules is None else 'state'} '{where}' of shape {leaf.shape}",
+            rules,
         )
         return jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=parallel.named_sharding(mesh, names)
+            leaf.shape, leaf.dtype, sharding=parallel.named_sharding(mesh, names, rules)
         )
 
-    return jax.tree_util.tree_map_with_path(place, boxed, is_leaf=_is_box)
-
-
-def _is_box(leaf: Any) -> bool:
-    return isinstance(leaf, nn.meta.AxisMetadata)
-
-
-def _unbox(leaf: Any) -> Any:
-    return (
-        leaf.value if _is_box(leaf) else leaf
-    )  # not `unbox()`, which constrains to a mesh axis of the logical name
+    return jax.tree_util.tree_map_with_path(place, boxed, is_leaf=is_box)

@@ -12,7 +12,7 @@ import optax
 from flax import linen as nn
 
 from paxlike.train.optimizer import Optimizer, merge
-from paxlike.train.state import TrainState
+from paxlike.train.state import StateFactory, TrainState
 
 OVERWRITE = (
     "_overwrite_with_gradient"  # the collection whose "gradients" are its new values (FP8 scales)
@@ -27,11 +27,15 @@ class TrainStep:
     """`step(state, batch) -> (state, metrics)`.
 
     Attributes:
-      num_microbatches: parts into which the batch is cut; their gradients are added in float32, so the result is that
-        of the whole batch.
+      num_microbatches: parts into which the batch is cut; their gradients are added, so the result is that of the
+        whole batch.
       seed: root of all randomness; a step uses `fold_in(seed, step)`.
-      shardings: of all parameters; gradients are held to the same, so that they are reduced and scattered rather than
+      shardings: that the gradients of all parameters are held to, so that they are reduced and scattered rather than
         replicated. None on one device.
+      update_shardings: that all parameters are held to while they are updated; None: their own.
+      opt_state_shardings: on the devices, of an optimizer state that is kept in the memory of the host; None: it is
+        not kept there.
+      accumulation_dtype: in which the gradients of microbatches are added.
     """
 
     model: nn.Module
@@ -40,6 +44,23 @@ class TrainStep:
     num_microbatches: int = 1
     seed: int = 1234
     shardings: Any = None
+    update_shardings: Any = None
+    opt_state_shardings: Any = None
+    accumulation_dtype: str = "float32"
+
+    @classmethod
+    def of(cls, factory: StateFactory, task: Any, **options: Any) -> TrainStep:
+        """The step on the states of `factory`, laid out as it says."""
+        layout = factory.layout()
+        return cls(
+            factory.model,
+            task,
+            factory.bound_optimizer,
+            shardings=layout.gradients,
+            update_shardings=layout.update,
+            opt_state_shardings=layout.opt_state,
+            **options,
+        )
 
     def __call__(
         self, state: TrainState, batch: Mapping[str, jax.Array]
@@ -48,7 +69,14 @@ class TrainStep:
         # What is not trained is handed on as it is: it has no gradient, and is neither averaged nor compared.
         whole, state = state.params, state.replace(params=self.optimizer.select(state.params))
         gradients, collections, metrics = self._gradients(state, whole, batch)
-        norm = optax.tree.norm(gradients)
+        norm, param_norm = optax.tree.norm(gradients), optax.tree.norm(state.params)
+        if self.update_shardings is not None:
+            gradients = self._held(gradients, self.update_shardings)
+            state = state.replace(params=self._held(state.params, self.update_shardings))
+        if self.opt_state_shardings is not None:
+            state = state.replace(
+                opt_state=jax.device_put(state.opt_state, self.opt_state_shardings)
+            )
         factor = self.optimizer.clip_factor(norm)
         rate = self.optimizer.schedule(state.step)
         directions, opt_state = self.optimizer.update(
@@ -65,7 +93,7 @@ class TrainStep:
             "learning_rate": rate,
             "grad_norm": norm,
             "clipped_grad_norm": norm * factor,
-            "param_norm": optax.tree.norm(state.params),
+            "param_norm": param_norm,
             "skipped_steps": skipped,
         }
         return dataclasses.replace(kept, step=state.step + 1, skipped_steps=skipped), metrics
@@ -89,8 +117,7 @@ class TrainStep:
                 state.params, overwritten, others, part, key
             )
             if self.shardings is not None:
-                place = self.optimizer.select(self.shardings)
-                gradients = jax.tree.map(jax.lax.with_sharding_constraint, gradients, place)
+                gradients = self._held(gradients, self.shardings)
             kept = {k: v for k, v in loss.collections.items() if k != OVERWRITE}
             return gradients, new, {**others, **kept}, loss.metrics
 
@@ -106,17 +133,23 @@ class TrainStep:
             gradients = jax.tree.map(lambda a, g: a + g.astype(a.dtype), gradients, more)
             return (gradients, new, others), metrics
 
-        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.float32), state.params)
+        dtype = jnp.dtype(self.accumulation_dtype)
+        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype), state.params)
         parts = _split(batch, self.num_microbatches)
         carry, metrics = jax.lax.scan(
             accumulate, (zeros, overwritten, others), (parts, jnp.arange(self.num_microbatches))
         )
         gradients, overwritten, others = carry
         return (
-            gradients,
+            jax.tree.map(lambda g: g.astype(jnp.float32), gradients),
             {**overwritten, **others},
             jax.tree.map(lambda m: jnp.sum(m, axis=0), metrics),
         )
+
+    def _held(self, trained, shardings):
+        """The trained part of the parameters, or their gradients, held to shardings of all."""
+        place = self.optimizer.select(shardings)
+        return jax.tree.map(jax.lax.with_sharding_constraint, trained, place)
 
     def _average(self, state: TrainState, params):
         if state.ema is None:
