@@ -84,9 +84,7 @@ def _attend(q, k, v, segments, how: _How):
 
 
 def _forward(q, k, v, segments, how: _How):
-    rows = P(None, how.context.axis)
-    run = _over_devices(_forward_here, how, (rows, rows, rows, rows), (rows, rows))
-    y, lse = run(q, k, v, segments)
+    y, lse = _result(q, k, v, segments, how)
     # Kept under the name that the remat policies have for the result of attention: both, or it is computed again.
     y, lse = checkpoint_name(y, "context"), checkpoint_name(lse, "context")
     return y, (q, k, v, segments, y, lse)
@@ -103,6 +101,21 @@ def _backward(how: _How, residuals, dy):
 
 
 _attend.defvjp(_forward, _backward)
+
+
+# Sealed, although it is never differentiated itself: a remat policy that keeps products looks into everything else,
+# and would keep the scores of all turns.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _result(q, k, v, segments, how: _How):
+    rows = P(None, how.context.axis)
+    return _over_devices(_forward_here, how, (rows,) * 4, (rows, rows))(q, k, v, segments)
+
+
+def _no_derivative(*_):
+    raise NotImplementedError("attention over a context axis has no second derivative")
+
+
+_result.defvjp(_no_derivative, _no_derivative)
 
 
 def _over_devices(function: Callable[..., Any], how: _How, in_specs, out_specs):

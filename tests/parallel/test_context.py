@@ -19,8 +19,6 @@ from paxlike.layers.feedforward import FeedForward
 from paxlike.layers.norm import RMSNorm
 from paxlike.layers.stack import Stack
 from paxlike.models.decoder import Decoder
-from paxlike.ops import attention as ops
-from paxlike.ops.context_attention import context_attention
 from paxlike.ops.rope import Rope
 from paxlike.tasks.language import CausalLanguage
 from paxlike.train.state import abstract_variables
@@ -102,9 +100,8 @@ def run(*args, **options):
 
 
 CASES = {
-    "gpt, context 2, scan": (gpt(), {}, CONTEXT_2, None),
-    "gpt, context 4, packed, unrolled, remat, chunked loss": (
-        gpt(scan=False, remat="SAVE_NOTHING"),
+    "gpt, context 4, packed, remat, chunked loss": (
+        gpt(remat="SAVE_NOTHING"),
         {"packed": True, "chunk": 4},
         CONTEXT_4,
         None,
@@ -115,32 +112,32 @@ CASES = {
         WITH_TENSOR,
         SEQUENCE,
     ),
-    "gpt, tensor, sequence parallel, unrolled, remat": (
+    "gpt, tensor, sequence parallel, unrolled, remat, packed": (
         gpt(scan=False, remat="SAVE_NOTHING"),
         {"packed": True},
         TENSOR_2,
         SEQUENCE,
     ),
-    "llama, context 4, window, remat of what is not named": (
+    "llama, context 4, window, packed, remat of what is not named": (
         llama(window=7, remat="SAVE_CONTEXT"),
         {"packed": True},
         CONTEXT_4,
         None,
     ),
-    "llama, context x tensor, sequence parallel": (
+    "llama, context x tensor, sequence parallel, packed": (
         llama(remat="SAVE_DOT_ONLY"),
         {"packed": True},
         WITH_TENSOR,
         SEQUENCE,
     ),
     "llama, context x fsdp, unrolled": (llama(scan=False), {}, WITH_FSDP, None),
-    "llama, context x data, gathered": (
+    "llama, context x data, gathered, window, packed": (
         llama(window=11, context="all_gather"),
         {"packed": True},
         WITH_DATA,
         None,
     ),
-    "llama, context 2, all to all": (
+    "llama, context 2, all to all, packed, chunked loss": (
         llama(context="all_to_all"),
         {"packed": True, "chunk": 4},
         CONTEXT_2,
@@ -190,13 +187,13 @@ def test_ring_passes_keys_on_and_gathers_nothing_but_token_ids():
 
 
 def test_memory_of_a_ring_is_that_of_the_tokens_on_a_device():
-    """Twice the row on twice the devices takes the same."""
-    net = llama(layers=1, remat="SAVE_NOTHING")
+    """Twice the row on twice the devices takes the same: nothing is kept of the turns, whatever the policy keeps."""
+    net = llama(layers=1, remat="SAVE_DOT_ONLY")
     temporary = []
     for length, shape in ((512, CONTEXT_2), (1024, CONTEXT_4)):
         compiled, *_ = compile_step(net, batch(rows=1, length=length), shape, chunk=0)
         temporary.append(compiled.memory_analysis().temp_size_in_bytes)
-    assert temporary[1] < 1.03 * temporary[0]
+    assert temporary[1] < 1.06 * temporary[0]  # the loop over turns has two buffers more
 
 
 def test_sequence_parallelism_moves_activations_and_keeps_a_part_of_the_residual_stream():
@@ -227,87 +224,6 @@ def test_all_to_all_hands_over_what_attention_reads_and_returns():
     found = travels(compiled)
     assert len(found["all-to-all"]) == 2 * 4  # q, k, v and the result, forward and backward
     assert not found["all-gather"] and not found["collective-permute"]
-
-
-OPTIONS = {
-    "ring, window": ("ring", {"window": 5}),
-    "ring, window, cap, documents": ("ring", {"window": 12, "logit_cap": 1.5, "segments": True}),
-    "ring, not causal": ("ring", {"causal": False, "scale": 0.9, "segments": True}),
-    "gathered, window, cap": ("all_gather", {"window": 5, "logit_cap": 1.5}),
-    "gathered, not causal": ("all_gather", {"causal": False, "segments": True}),
-}
-
-
-@pytest.mark.parametrize("name", OPTIONS)
-def test_attention_over_devices_equals_the_reference(name, monkeypatch):
-    """Values and gradients, with grouped heads; two blocks of queries in a chunk."""
-    monkeypatch.setattr("paxlike.ops.context_attention.QUERY_BLOCK", 2)
-    kind, options = OPTIONS[name]
-    options = {"causal": True, **options}
-    rng = np.random.default_rng(0)
-    draw = lambda heads: jnp.asarray(rng.standard_normal((2, 32, heads, 8)), jnp.float32)
-    q, k, v, weights = draw(4), draw(2), draw(2), draw(4)
-    segments = jnp.asarray(np.sort(rng.integers(1, 4, (2, 32)), axis=1), jnp.int32)
-    segments = segments if options.pop("segments", False) else None
-
-    def whole(q, k, v):
-        with ops.plain():
-            return ops.attention(q, k, v, segments=segments, **options)
-
-    def spread(q, k, v):
-        context = parallel.current_context(kind)
-        q, k, v, documents = (
-            None if a is None else context.arrange(a) for a in (q, k, v, segments)
-        )
-        y = context_attention(q, k, v, context=context, segments=documents, **options)
-        return context.restore(y)
-
-    def both(function):
-        objective = lambda *a: (jnp.sum((y := function(*a)) * weights), y)
-        gradients = jax.value_and_grad(objective, argnums=(0, 1, 2), has_aux=True)
-        (_, y), gradients = jax.jit(gradients).lower(q, k, v).compile(FAST)(q, k, v)
-        return y, *gradients
-
-    expected = both(whole)
-    mesh = parallel.Mesh(ici=(4,), axes=("context",)).build(jax.devices()[:4])
-    with parallel.activate(mesh):
-        got = both(spread)
-    for a, b in zip(got, expected, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * np.abs(b).max())
-
-
-def test_ring_inside_another_map_over_devices():
-    """As a stage of a pipeline: the other axis is already a map, and there is a loop and rematerialisation."""
-    rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.standard_normal((2, 1, 16, 2, 4)), jnp.float32) for _ in range(3))
-    whole = lambda q, k, v: jnp.stack(
-        [ops.attention(*x, causal=True) for x in zip(q, k, v, strict=True)]
-    )
-    mesh = parallel.Mesh(ici=(2, 2), axes=("pipeline", "context")).build(jax.devices()[:4])
-
-    def spread(q, k, v):
-        context = parallel.current_context("ring")
-        one = jax.checkpoint(lambda x: context_attention(*x, context=context, causal=True))
-        stages = jax.sharding.PartitionSpec("pipeline")
-        stage = jax.shard_map(
-            lambda x: jax.lax.map(one, x),
-            in_specs=(stages,),
-            out_specs=stages,
-            axis_names={"pipeline"},
-            check_vma=False,
-        )
-        y = stage(tuple(jax.vmap(context.arrange)(a) for a in (q, k, v)))
-        return jax.vmap(context.restore)(y)
-
-    def gradients(function):
-        total = jax.grad(lambda *a: jnp.sum(jnp.square(function(*a))), argnums=(0, 1, 2))
-        return jax.jit(total).lower(q, k, v).compile(FAST)(q, k, v)
-
-    expected = gradients(whole)
-    with parallel.activate(mesh):
-        got = gradients(spread)
-    for a, b in zip(got, expected, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * np.abs(b).max())
 
 
 def test_evaluation_and_logits_are_those_of_the_rows_in_order():
