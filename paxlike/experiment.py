@@ -123,9 +123,9 @@ class Experiment:
             )
         return rows
 
-    def check(self) -> None:
-        """Raises one clear ValueError for what cannot work, before anything is allocated."""
-        self.mesh.check_devices(jax.device_count())
+    def check(self, num_devices: int | None = None) -> None:
+        """Raises one clear ValueError for what cannot work on so many devices, before anything is allocated."""
+        self.mesh.check_devices(jax.device_count() if num_devices is None else num_devices)
         parallel.check_axes(self.mesh.shape, self.rules)
         if self.num_microbatches < 1:
             raise ValueError(f"NUM_MICROBATCHES={self.num_microbatches} must be at least 1")
@@ -142,8 +142,12 @@ class Experiment:
 
     def on_these_devices(self) -> Experiment:
         """This experiment with a mesh that says how many devices it takes (-1 replaced), checked."""
-        resolved = dataclasses.replace(self, mesh=self.mesh.resolve(jax.device_count()))
-        resolved.check()
+        return self.on_devices(jax.device_count())
+
+    def on_devices(self, num_devices: int) -> Experiment:
+        """The same for so many devices, which need not be here."""
+        resolved = dataclasses.replace(self, mesh=self.mesh.resolve(num_devices))
+        resolved.check(num_devices)
         return resolved
 
     def read_variables(

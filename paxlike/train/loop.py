@@ -268,31 +268,11 @@ class _Run:
         return saved["rows"] // self.global_batch
 
     def _compile(self):
-        experiment = self.experiment
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
-        step = TrainStep(
-            experiment.model,
-            experiment.task,
-            experiment.optimizer,
-            experiment.num_microbatches,
-            experiment.seed,
-            shardings.params if self.mesh.size > 1 else None,
-        )
-
-        def train_step(state, batch):  # its name is that of the program in profiles and dumps
-            return step(state, batch)
-
-        jitted = jax.jit(
-            train_step, donate_argnums=0, out_shardings=(shardings, replicated(self.mesh))
-        )
+        jitted = jit_step(self.experiment, self.abstract, self.mesh)
         return jitted.lower(self.abstract, self.spec).compile()
 
     def _flops(self) -> int:
-        variables = {"params": self.abstract.params, **self.abstract.collections}
-        model = self.experiment.model
-        return train_flops(
-            lambda v, b: self.experiment.task.forward(model, v, b), variables, self.spec
-        )
+        return model_flops(self.experiment, self.abstract, self.spec)
 
     def _evaluators(self) -> list[Evaluator]:
         return (
@@ -332,6 +312,31 @@ class _Run:
                 step=done,
                 stall_seconds=round(checkpointer.last_stall_seconds, 4),
             )
+
+
+def jit_step(experiment: Experiment, abstract: TrainState, mesh: jax.sharding.Mesh):
+    """The training step, jitted: `lower(abstract, spec)` is the one program that runs train and that plans compile."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    step = TrainStep(
+        experiment.model,
+        experiment.task,
+        experiment.optimizer,
+        experiment.num_microbatches,
+        experiment.seed,
+        shardings.params if mesh.size > 1 else None,
+    )
+
+    def train_step(state, batch):  # its name is that of the program in profiles and dumps
+        return step(state, batch)
+
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+
+
+def model_flops(experiment: Experiment, abstract: TrainState, spec: Mapping[str, Any]) -> int:
+    """FLOPs that a step needs, of all devices together; see `paxlike.log.flops`."""
+    model, task = experiment.model, experiment.task
+    variables = {"params": abstract.params, **abstract.collections}
+    return train_flops(lambda v, b: task.forward(model, v, b), variables, spec)
 
 
 def batch_spec(spec: Mapping[str, jax.ShapeDtypeStruct], mesh) -> dict[str, jax.ShapeDtypeStruct]:

@@ -61,7 +61,7 @@ class StateFactory:
         Raises:
           ValueError: a parameter does not divide over the mesh.
         """
-        return _placed(jax.eval_shape(self._boxed, jax.random.key(0)), self.mesh)
+        return _placed(jax.eval_shape(lambda: self._boxed(jax.random.key(0))), self.mesh)
 
     def initialize(self, seed: int) -> TrainState:
         """A fresh state, each shard made on the device that keeps it."""
