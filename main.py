@@ -208,7 +208,8 @@ def _plan(argv: list[str], environ: dict[str, str], resolved) -> int:
         jax.config.update("jax_num_cpu_devices", num_devices)
     if SEARCH.value:
         limit = 8 if SEARCH_COMPILES.value is None else SEARCH_COMPILES.value
-        return command.search(experiment, change, options, max_compiles=limit)
+        policy = resolved.knobs.get("CHECKPOINT_POLICY")
+        return command.search(experiment, change, options, policy=policy, max_compiles=limit)
     return command.plan(experiment, options)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from paxlike.log.progress import Progress
 from paxlike.plan import planner, report, target
+from paxlike.plan import search as searching
 from paxlike.plan.chips import Chip, find_chip
 
 if TYPE_CHECKING:
@@ -68,12 +70,8 @@ def plan(experiment: Experiment, options: Options) -> int:
         made = program.compile()
     print(report.text(made, num_tokens=options.num_tokens, gpu_hours=options.gpu_hours))
     if options.directory is not None:
-        folder = Path(options.directory)
-        folder.mkdir(parents=True, exist_ok=True)
         budget = report.budget(made, options.num_tokens, options.gpu_hours)
-        (folder / "plan.json").write_text(
-            report.as_json(made, command=options.command, budget=budget)
-        )
+        _write(options, report.as_json(made, command=options.command, budget=budget))
     return 0
 
 
@@ -82,7 +80,51 @@ def search(
     change: Callable[[dict[str, str]], Experiment],
     options: Options,
     *,
+    policy: str | None,
     max_compiles: int,
 ) -> int:
-    """Prints the candidates that a search compiled and the best as knobs; 1 where nothing fits."""
-    raise NotImplementedError
+    """Prints the candidates that a search compiled, why others were refused, and the best as knobs and in full.
+
+    `policy` is the remat policy of the config, which is tried beside the usual ones; None where it has no such knob.
+    Returns 1 where nothing fits.
+    """
+    if max_compiles < 1:
+        raise ValueError(f"--search_compiles={max_compiles} must be at least 1")
+    chip = find_chip(options.chip)
+    if options.num_devices is None and -1 in experiment.mesh.ici:
+        raise ValueError(
+            "a search needs --devices=N where ICI_MESH_SHAPE takes what devices there are"
+        )
+    num_devices = options.num_devices or experiment.mesh.num_devices
+    policies = [None] if policy is None else list(dict.fromkeys([policy, *searching.POLICIES]))
+    progress = Progress(None)
+    started = time.monotonic()
+    found = searching.search(
+        experiment,
+        change,
+        chip,
+        num_devices=num_devices,
+        policies=policies,
+        max_compiles=max_compiles,
+        report=progress.write,
+    )
+    print(
+        f"{experiment.name} on {num_devices} x {chip.name}: {len(found.compiled)} candidates compiled in "
+        f"{time.monotonic() - started:.0f} s\n"
+    )
+    print(report.search_table(found))
+    best = found.best
+    if best is None:
+        print("\nnothing fits; try more devices, or a smaller PERCORE_BATCH_SIZE")
+    else:
+        print(f"\nbest\n  {best[0].flags}\n")
+        print(report.text(best[1], num_tokens=options.num_tokens, gpu_hours=options.gpu_hours))
+    if options.directory is not None:
+        _write(options, report.search_json(found, command=options.command))
+    return 1 if best is None else 0
+
+
+def _write(options: Options, text: str) -> None:
+    folder = Path(options.directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "plan.json").write_text(text)

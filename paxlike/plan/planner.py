@@ -284,10 +284,14 @@ def tracing(mesh: jax.sharding.Mesh, experiment: Experiment, chip: Chip) -> Iter
         stack.enter_context(
             platform.traced_for(platform.Hardware(chip.platform, chip.compute_capability))
         )
-        if chip.platform == "cuda":
-            stack.enter_context(compat.without_cudnn())
+        stack.enter_context(fused_attention(chip))
         stack.enter_context(parallel.activate(mesh, experiment.rules))
         yield
+
+
+def fused_attention(chip: Chip) -> contextlib.AbstractContextManager:
+    """In which fused attention may be traced for `chip`, whatever is installed."""
+    return compat.without_cudnn() if chip.platform == "cuda" else contextlib.nullcontext()
 
 
 def fixed_memory(experiment: Experiment, abstract: Any, spec: Any) -> Memory:

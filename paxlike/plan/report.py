@@ -10,6 +10,7 @@ from typing import Any
 from paxlike.log.throughput import MFU_CONVENTION
 from paxlike.plan.chips import USABLE_MEMORY
 from paxlike.plan.planner import Plan
+from paxlike.plan.search import Result
 
 GIB = 2**30
 
@@ -89,6 +90,47 @@ def table(rows: Sequence[Sequence[str]], *, left: int = 1, indent: str = "  ") -
         ]
         lines.append((indent + "  ".join(cells)).rstrip())
     return "\n".join(lines)
+
+
+def search_table(found: Result) -> str:
+    """What was compiled, best first, and in one line each why the others were not."""
+    rows = [("", "mesh", "micro-", "policy", "step", "MFU", "peak", "")]
+    rows.append(("", "", "batches", "", "s", "", "GiB", ""))
+    for number, (candidate, plan) in enumerate(found.compiled, 1):
+        rows.append(
+            (
+                str(number) if plan.fits else "-",
+                mesh_text(plan),
+                str(candidate.num_microbatches),
+                candidate.policy or "",
+                f"{plan.estimate.step_seconds:.4f}",
+                f"{plan.mfu:.1%}",
+                f"{plan.memory.peak / GIB:.2f}",
+                "fits" if plan.fits else "does not fit",
+            )
+        )
+    lines = [table(rows, left=2)] if found.compiled else []
+    lines += [f"  {len(group):,} refused: {reason}" for reason, group in found.refused.items()]
+    if found.later:
+        lines.append(
+            f"  {len(found.later):,} not compiled: by the formula slower than those above, or less likely to fit"
+        )
+    return "\n".join(lines)
+
+
+def search_json(found: Result, *, command: str = "") -> str:
+    """All plans of a search, best first, and what was refused."""
+    kept = {
+        "command": command,
+        "best": found.best[0].knobs if found.best else None,
+        "compiled": [
+            {"knobs": candidate.knobs, **json.loads(as_json(plan))}
+            for candidate, plan in found.compiled
+        ],
+        "refused": {reason: len(group) for reason, group in found.refused.items()},
+        "not_compiled": len(found.later),
+    }
+    return json.dumps(kept, indent=1) + "\n"
 
 
 def _head(plan: Plan) -> str:

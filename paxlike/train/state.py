@@ -61,7 +61,11 @@ class StateFactory:
         Raises:
           ValueError: a parameter does not divide over the mesh.
         """
-        return _placed(jax.eval_shape(lambda: self._boxed(jax.random.key(0))), self.mesh)
+        return placed(self.boxed(), self.mesh)
+
+    def boxed(self) -> TrainState:
+        """Shapes and dtypes of the state in boxes with the logical names of their dimensions; the same on any mesh."""
+        return jax.eval_shape(lambda: self._boxed(jax.random.key(0)))
 
     def initialize(self, seed: int) -> TrainState:
         """A fresh state, each shard made on the device that keeps it."""
@@ -104,7 +108,7 @@ def abstract_variables(model: nn.Module, mesh: jax.sharding.Mesh) -> dict[str, P
     boxed = jax.eval_shape(
         lambda: dict(model.init(jax.random.key(0), jnp.zeros((rows, 1), jnp.int32)))
     )
-    return _placed(boxed, mesh)
+    return placed(boxed, mesh)
 
 
 def _check_trainable(params: PyTree) -> None:
@@ -122,8 +126,11 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def _placed(boxed: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
-    """Abstract arrays with the shardings that their boxes, or the lack of one, ask for."""
+def placed(boxed: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
+    """Abstract arrays with the shardings that their boxes, or the lack of one, ask for on `mesh`, which is in force.
+
+    ValueError where a parameter does not divide over it.
+    """
 
     def place(path, leaf):
         names = leaf.names if _is_box(leaf) else ()
