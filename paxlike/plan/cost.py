@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 
 from paxlike.plan.hlo import Computation, Instruction, Module, Shape, attribute, contracted, dims_in
 
@@ -56,7 +57,7 @@ def products(module: Module, instruction: Instruction, computation: Computation)
         return [_convolution(instruction, computation)]
     if opcode == "custom-call":
         return _custom_call(instruction, computation)
-    if opcode in ("fusion", "async-start") and "calls" in instruction.calls:
+    if opcode.removesuffix("-start") in ("fusion", "async") and "calls" in instruction.calls:
         inside = module.computations[instruction.calls["calls"]]
         return [
             product
@@ -68,22 +69,33 @@ def products(module: Module, instruction: Instruction, computation: Computation)
 
 def traffic(module: Module, instruction: Instruction, computation: Computation) -> int:
     """Bytes that an operation reads from memory and writes to it; a slice counts, not what it is cut from."""
-    opcode = instruction.opcode
+    opcode = instruction.opcode.removesuffix("-start")
     if opcode in _FREE or opcode.endswith(("-done", "-update")):
         return 0
     operands = computation.operands(instruction)
-    if opcode == "fusion" and "calls" in instruction.calls:
+    if opcode in ("fusion", "async") and "calls" in instruction.calls:
         inside = module.computations[instruction.calls["calls"]]
+        if opcode == "async":
+            return sum(traffic(module, inner, inside) for inner in inside.instructions.values())
         return _read_in_fusion(inside) + _written(inside, inside.instructions[inside.root])
+    result = _result_bytes(instruction, operands)
     if opcode in ("dynamic-slice", "slice", "gather"):
-        return 2 * instruction.bytes
+        return 2 * result
     if opcode == "dynamic-update-slice":
         return 2 * operands[1].bytes
     if opcode == "scatter":
         return 3 * operands[-1].bytes
     if opcode in ("iota", "broadcast", "rng-bit-generator"):
+        return result
+    return result + sum(operand.bytes for operand in operands)
+
+
+def _result_bytes(instruction: Instruction, operands: Sequence[Instruction]) -> int:
+    """Of what begins and ends apart the result holds the operands, too, and they come first."""
+    if not instruction.opcode.endswith("-start"):
         return instruction.bytes
-    return instruction.bytes + sum(operand.bytes for operand in operands)
+    given = sum(len(operand.shapes) for operand in operands)
+    return sum(shape.bytes for shape in instruction.shapes[given:])
 
 
 def _product(out: Shape, length: int, lhs: Shape) -> Product:

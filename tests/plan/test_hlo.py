@@ -96,6 +96,17 @@ def test_products_of_the_libraries_of_a_gpu():
     assert fused.flops == 4 * (2 * 4 * 64 * 64) * 16 // 2 and fused.fused
 
 
+def test_what_begins_and_ends_apart_moves_what_it_moves_otherwise():
+    module = hlo.parse((HERE / "gpu_products.hlo").read_text())
+    entry = module.computations["main"]
+    moved = {
+        name: traffic(module, entry.instructions[name], entry)
+        for name in ("beside", "written", "moving")
+    }
+    slice_bytes = 4 * 8 * 4
+    assert moved == {"beside": 2 * slice_bytes + 4, "written": 0, "moving": 2 * slice_bytes + 4}
+
+
 def test_what_is_no_program_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
         hlo.parse("module @jit_f {}")
