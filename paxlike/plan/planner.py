@@ -173,7 +173,10 @@ class Program:
             compiled = self.lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             raise ValueError(_compile_error(error, self.chip)) from error
-        seconds = time.monotonic() - started
+        return self.read(compiled, time.monotonic() - started, efficiency=efficiency)
+
+    def read(self, compiled: Any, seconds: float, *, efficiency: Efficiency = ASSUMED) -> Plan:
+        """The plan of the program as it was compiled, which took so many seconds."""
         module = hlo.parse(compiled.as_text())
         estimated = estimate(
             module,
@@ -184,7 +187,13 @@ class Program:
         )
         fused = any("fmha" in op.attributes for op, *_ in module.executed())
         notices = list(self.notices)
-        if module.unknown_loops:
+        if self.chip.platform == "tpu":
+            estimated = self._with_traced_products(estimated, efficiency)
+            notices.append(
+                "a TPU program folds products and collectives into loops and fusions that are not read here: the "
+                "FLOPs are the traced ones, collectives are missing, and the time is a lower bound"
+            )
+        elif module.unknown_loops:
             notices.append(
                 f"{len(module.unknown_loops)} loops have no known number of turns and are counted once: the estimate "
                 "of the time is too low"
@@ -215,6 +224,19 @@ class Program:
             trace_seconds=self.seconds,
             compile_seconds=seconds,
             host_memory_peak=_host_memory_peak(),
+        )
+
+    def _with_traced_products(self, estimated: Estimate, efficiency: Efficiency) -> Estimate:
+        """The estimate with the products of the trace, evenly spread, in place of those of the program."""
+        flops = self.traced_flops // self.mesh.size
+        peak = self.chip.peak_flops(self.experiment.compute_dtype) * efficiency.matmul
+        seconds = flops / peak - estimated.product_seconds
+        return dataclasses.replace(
+            estimated,
+            flops=flops,
+            product_seconds=flops / peak,
+            compute_seconds=estimated.compute_seconds + seconds,
+            step_seconds=estimated.step_seconds + seconds,
         )
 
     def _memory(self, compiled) -> Memory:

@@ -181,6 +181,8 @@ def _flops(plan: Plan) -> str:
         ),
         ("in the compiled program", "", f"{plan.estimate.flops:.3e}"),
     ]
+    if plan.chip.platform == "tpu":  # its program is not read for products
+        rows.pop()
     return "\n".join(["FLOPs of a step", table(rows)])
 
 

@@ -45,6 +45,10 @@ def prepare_environment(chip: Chip, environ: MutableMapping[str, str]) -> None:
     if chip.platform == "tpu":
         environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
         environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        environ.setdefault(
+            "TPU_WORKER_HOSTNAMES", "localhost"
+        )  # or libtpu looks for them, and complains
+        environ.setdefault("TPU_ACCELERATOR_TYPE", chip.name)
 
 
 def check_compiler(chip: Chip) -> None:
