@@ -1,8 +1,9 @@
 """Runs an experiment.
 
-    python main.py --fdl_config=configs.gpt.Quickstart --job_log_dir=DIR [--mode=train|eval|decode]
+    python main.py --fdl_config=configs.gpt.Quickstart --job_log_dir=DIR [--mode=train|eval|decode|plan]
 
-Flags become a config, the config an Experiment, and that trains, evaluates or decodes. `--fdl_help` explains a config.
+Flags become a config, the config an Experiment, and that trains, evaluates, decodes, or is planned for hardware that is
+not here. `--fdl_help` explains a config.
 """
 
 import os
@@ -20,7 +21,7 @@ from configs import flags
 JOB_LOG_DIR = absl_flags.DEFINE_string(
     "job_log_dir", None, "Folder for everything that the run writes."
 )
-MODE = absl_flags.DEFINE_enum("mode", "train", ["train", "eval", "decode"], "What to do.")
+MODE = absl_flags.DEFINE_enum("mode", "train", ["train", "eval", "decode", "plan"], "What to do.")
 EVAL_ON_TEST = absl_flags.DEFINE_boolean(
     "eval_on_test", None, "train: evaluate the held-out sets while training."
 )
@@ -38,6 +39,24 @@ CHECKPOINT = absl_flags.DEFINE_string(
 PROMPT = absl_flags.DEFINE_multi_string("prompt", [], "decode: a prompt; may be repeated.")
 PROMPT_FILE = absl_flags.DEFINE_string(
     "prompt_file", None, "decode: prompts, .txt (one a line) or .jsonl."
+)
+CHIP = absl_flags.DEFINE_string(
+    "chip", None, "plan: h100 (the default), a100, v5p, v5e, v6e, or cpu: virtual devices."
+)
+DEVICES = absl_flags.DEFINE_integer(
+    "devices", None, "plan: how many chips, where the mesh does not say it."
+)
+SEARCH = absl_flags.DEFINE_boolean(
+    "search", False, "plan: look for the fastest mesh, microbatches and remat policy that fit."
+)
+SEARCH_COMPILES = absl_flags.DEFINE_integer(
+    "search_compiles", None, "plan --search: candidates that are compiled at most, 8 by default."
+)
+PLAN_TOKENS = absl_flags.DEFINE_float(
+    "plan_tokens", None, "plan: tokens to train on: how long that takes, as 300e9."
+)
+PLAN_GPU_HOURS = absl_flags.DEFINE_float(
+    "plan_gpu_hours", None, "plan: a budget of device hours: how many tokens that gives."
 )
 TFDS_DATA_DIR = absl_flags.DEFINE_string(
     "tfds_data_dir", None, "Folder of TFDS data sets (the knob TFDS_DATA_DIR)."
@@ -71,7 +90,7 @@ def main(argv: list[str]) -> int:
     if request.help:
         print(flags.help_page(request, os.environ, color=sys.stdout.isatty()))
         return 0
-    if JOB_LOG_DIR.value is None:
+    if JOB_LOG_DIR.value is None and MODE.value != "plan":
         raise flags.UsageError(
             "--job_log_dir=DIR is missing: the folder for checkpoints, logs and results"
         )
@@ -82,6 +101,8 @@ def main(argv: list[str]) -> int:
     resolved = flags.resolve(request, environ)
     for notice in resolved.notices:
         print(f"note: {notice}", file=sys.stderr)
+    if MODE.value == "plan":
+        return _plan(argv, environ, resolved)
     return _run(resolved)
 
 
@@ -93,11 +114,18 @@ def _refuse_flags_without_effect() -> None:
         "follow": FOLLOW.value,
         "prompt": bool(PROMPT.value),
         "prompt_file": PROMPT_FILE.value is not None,
+        "chip": CHIP.value is not None,
+        "devices": DEVICES.value is not None,
+        "search": SEARCH.value,
+        "search_compiles": SEARCH_COMPILES.value is not None,
+        "plan_tokens": PLAN_TOKENS.value is not None,
+        "plan_gpu_hours": PLAN_GPU_HOURS.value is not None,
     }
     serves = {
         "train": (),
         "eval": ("checkpoint", "checkpoint_step", "follow"),
         "decode": ("checkpoint", "checkpoint_step", "prompt", "prompt_file"),
+        "plan": ("chip", "devices", "search", "search_compiles", "plan_tokens", "plan_gpu_hours"),
     }
     for name, is_given in given.items():
         if is_given and name not in serves[MODE.value]:
@@ -111,6 +139,8 @@ def _refuse_flags_without_effect() -> None:
         raise flags.UsageError(
             "--follow evaluates every new checkpoint: leave out --checkpoint_step"
         )
+    if SEARCH_COMPILES.value is not None and not SEARCH.value:
+        raise flags.UsageError("--search_compiles has no effect without --search")
     distributed = MULTIPROCESS.value or SERVER_ADDR.value is not None
     if not distributed and (NUM_HOSTS.value is not None or HOST_IDX.value is not None):
         raise flags.UsageError(
@@ -126,14 +156,19 @@ def _is_for_the_user(error: BaseException) -> bool:
     return not frames or frames[-1].filename.startswith((*folders, os.path.abspath(__file__)))
 
 
-def _run(resolved) -> int:
+def _build(resolved):
+    """The experiment of a resolved config."""
     import fiddle as fdl
 
-    _set_up_jax()
     try:
-        experiment = fdl.build(resolved.tree)
+        return fdl.build(resolved.tree)
     except ValueError as error:  # Fiddle adds a paragraph on where in the tree
         raise flags.UsageError(str(error).split("\n\nFiddle context")[0]) from error
+
+
+def _run(resolved) -> int:
+    _set_up_jax()
+    experiment = _build(resolved)
     if MODE.value == "train":
         return experiment.train(JOB_LOG_DIR.value, config=resolved.json, config_text=resolved.text)
     source = {"checkpoint": CHECKPOINT.value or JOB_LOG_DIR.value, "step": CHECKPOINT_STEP.value}
@@ -142,6 +177,40 @@ def _run(resolved) -> int:
     return experiment.decode(
         JOB_LOG_DIR.value, prompts=PROMPT.value, prompt_file=PROMPT_FILE.value, **source
     )
+
+
+def _plan(argv: list[str], environ: dict[str, str], resolved) -> int:
+    """Compiles the step for chips that are not here, and prints what it would take."""
+    import jax
+
+    from paxlike.plan import command
+
+    # Plug-ins would look for their devices; the plan itself computes nothing.
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_compilation_cache_dir", None)
+    experiment = _build(resolved)
+
+    def change(knobs: dict[str, str]):
+        """The experiment with other values of some knobs."""
+        more = [f"--fdl.{name}={value}" for name, value in knobs.items()]
+        return _build(flags.resolve(flags.split([*argv, *more])[0], environ))
+
+    options = command.Options(
+        chip=CHIP.value or "h100",
+        num_devices=DEVICES.value,
+        num_tokens=PLAN_TOKENS.value,
+        gpu_hours=PLAN_GPU_HOURS.value,
+        directory=JOB_LOG_DIR.value,
+        command=f"python main.py {' '.join(argv[1:])}",
+    )
+    chip, num_devices = command.prepare(experiment, options, os.environ)
+    if chip.platform == "cpu":
+        jax.config.update("jax_num_cpu_devices", num_devices)
+    if SEARCH.value:
+        limit = 8 if SEARCH_COMPILES.value is None else SEARCH_COMPILES.value
+        policy = resolved.knobs.get("CHECKPOINT_POLICY")
+        return command.search(experiment, change, options, policy=policy, max_compiles=limit)
+    return command.plan(experiment, options)
 
 
 def _set_up_jax() -> None:

@@ -9,6 +9,7 @@ import contextlib
 import os
 import platform
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -71,3 +72,19 @@ def _cpu_kind() -> str:
         lines = [platform.processor()]
     known = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
     return f"{platform.machine()}-{zlib.crc32(repr(known).encode()):08x}"
+
+
+@contextlib.contextmanager
+def without_cudnn() -> Iterator[None]:
+    """Lets fused attention be traced where cuDNN is not installed, as by a 9.10; the compiler does not need it.
+
+    jax asks the library for its version to refuse what old ones lack.
+    """
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    asked = fused.check_cudnn_version
+    fused.check_cudnn_version = lambda: 91000
+    try:
+        yield
+    finally:
+        fused.check_cudnn_version = asked

@@ -134,6 +134,11 @@ class Experiment:
         return rows
 
     @property
+    def training_rules(self) -> parallel.Rules:
+        """Logical axis -> mesh axis of parameters and activations while training."""
+        return self.zero.parameter_rules(self.rules)
+
+    @property
     def _rows_multiple(self) -> int:
         """What the rows of every batch divide by."""
         # A pipeline holds different microbatches at its stages: each is spread over the other axes only.
@@ -145,9 +150,9 @@ class Experiment:
         """Parts of the batch whose gradients are accumulated."""
         return 1 if self.mesh.shape.get("pipeline", 1) > 1 else self.num_microbatches
 
-    def check(self) -> None:
-        """Raises one clear ValueError for what cannot work, before anything is allocated."""
-        self.mesh.check_devices(jax.device_count())
+    def check(self, num_devices: int | None = None) -> None:
+        """Raises one clear ValueError for what cannot work on so many devices, before anything is allocated."""
+        self.mesh.check_devices(jax.device_count() if num_devices is None else num_devices)
         parallel.check_axes(self.mesh.shape, self.rules)
         self.zero.check(self.mesh.shape)
         if self.offload_optimizer_state:
@@ -174,8 +179,12 @@ class Experiment:
 
     def on_these_devices(self) -> Experiment:
         """This experiment with a mesh that says how many devices it takes (-1 replaced), checked."""
-        resolved = dataclasses.replace(self, mesh=self.mesh.resolve(jax.device_count()))
-        resolved.check()
+        return self.on_devices(jax.device_count())
+
+    def on_devices(self, num_devices: int) -> Experiment:
+        """The same for so many devices, which need not be here."""
+        resolved = dataclasses.replace(self, mesh=self.mesh.resolve(num_devices))
+        resolved.check(num_devices)
         return resolved
 
     def read_variables(

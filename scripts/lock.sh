@@ -34,6 +34,7 @@ compile base pyproject.toml --extra plot --constraints requirements/test.txt
 compile parity pyproject.toml --extra parity --constraints requirements/test.txt \
     --no-emit-package torch
 compile gpu pyproject.toml --extra gpu --extra plot --constraints requirements/test.txt
+compile plan pyproject.toml --extra plan --constraints requirements/gpu.txt
 compile setup requirements/setup.in --constraints requirements/test.txt
 compile uv requirements/uv.in
 compile te requirements/te.in --constraints requirements/gpu.txt

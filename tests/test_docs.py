@@ -38,7 +38,7 @@ OTHER_FLAGS = {
     | {"template", "max_characters"},
     "scripts": {"source", "data_dir", "output", "parts", "shapes", "rounds", "steps", "torch"}
     | {"to", "dtype", "max_shard_size", "use"},
-    "XLA": {"xla_dump_to", "xla_dump_hlo_as_text"},
+    "XLA": {"xla_dump_to", "xla_dump_hlo_as_text", "xla_gpu_enable_dynamic_slice_fusion"},
     "absl": {"flagfile"},
     "Pax": {"exp"},
 }

@@ -24,6 +24,7 @@ BELOW = {
     "train": {"checkpoint", "evaluate", "parallel", "compat", "log"},
     "evaluate": {"checkpoint", "train", "parallel", "compat", "log"},
     "decode": {"checkpoint", "train", "parallel", "compat", "log", "data"},
+    "plan": {"train", "ops", "parallel", "compat", "log"},
     "experiment": {
         "train",
         "evaluate",

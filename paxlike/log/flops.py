@@ -60,6 +60,16 @@ def train_flops(
     return 3 * matmul_flops(forward, *abstract_args, causal_share=causal_share)
 
 
+def traced_flops(jaxpr: Any, *, causal_share: float = 1.0) -> int:
+    """FLOPs of what was traced, backward pass and recomputation included; see `matmul_flops`.
+
+    Args:
+        jaxpr: of a traced function (`jax.make_jaxpr`, `Traced.jaxpr`).
+        causal_share: 1.0, as a plain causal attention computes all scores.
+    """
+    return round(_count(jaxpr, causal_share))
+
+
 def _count(jaxpr: Any, causal_share: float) -> float:
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)  # a ClosedJaxpr holds the Jaxpr
     return sum(_count_equation(equation, causal_share) for equation in jaxpr.eqns)

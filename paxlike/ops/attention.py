@@ -230,7 +230,7 @@ def _num_blocks(s: int, t: int) -> int:
 def _why_not_cudnn(q: jax.Array, segments, offset, scores: Scores) -> str | None:
     """What keeps cuDNN's fused attention from these inputs; None where it serves."""
     if not platform.is_nvidia():
-        return f"needs an NVIDIA GPU and this is a {jax.default_backend()}"
+        return f"needs an NVIDIA GPU and this is a {platform.name()}"
     capability, size = platform.compute_capability(), q.shape[-1]
     limit = 256 if capability >= 9.0 else 128
     if capability < 8.0:

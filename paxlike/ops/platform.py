@@ -2,16 +2,60 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Iterator
+
 import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Hardware:
+    """What a program is traced for, where that is not what it is traced on.
+
+    Attributes:
+      platform: `cpu`, `cuda` or `tpu`.
+      compute_capability: of an NVIDIA GPU, as `compute_capability()`.
+    """
+
+    platform: str
+    compute_capability: float = 0.0
+
+
+_hardware: contextvars.ContextVar[Hardware | None] = contextvars.ContextVar(
+    "hardware", default=None
+)
+
+
+@contextlib.contextmanager
+def traced_for(hardware: Hardware) -> Iterator[None]:
+    """Inside it every op takes the form that it has on `hardware`, whatever devices there are."""
+    token = _hardware.set(hardware)
+    try:
+        yield
+    finally:
+        _hardware.reset(token)
+
+
+def name() -> str:
+    """What programs run on: `cpu`, `gpu`, `tpu`."""
+    hardware = _hardware.get()
+    if hardware is not None:
+        return {"cuda": "gpu"}.get(hardware.platform, hardware.platform)
+    return jax.default_backend()
 
 
 def is_cpu() -> bool:
     """Whether programs run on a CPU. Every form that is chosen by this leaves the accelerators' program as it was."""
-    return jax.default_backend() == "cpu"
+    return name() == "cpu"
 
 
 def is_nvidia() -> bool:
     """Whether programs run on a GPU of NVIDIA (a ROCm GPU calls itself gpu, too)."""
+    hardware = _hardware.get()
+    if hardware is not None:
+        return hardware.platform == "cuda"
     return (
         jax.default_backend() == "gpu"
         and "cuda" in jax.devices()[0].client.platform_version.lower()
@@ -20,4 +64,7 @@ def is_nvidia() -> bool:
 
 def compute_capability() -> float:
     """Of the first NVIDIA GPU: 8.0 is A100, 9.0 is H100."""
+    hardware = _hardware.get()
+    if hardware is not None:
+        return hardware.compute_capability
     return float(jax.devices()[0].compute_capability)

@@ -46,8 +46,7 @@ def train(experiment: Experiment, job_log_dir: str, *, config: str, config_text:
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(experiment.open_log(directory, num_steps=experiment.num_steps))
         mesh = experiment.mesh.build()
-        rules = experiment.zero.parameter_rules(experiment.rules)
-        stack.enter_context(parallel.activate(mesh, rules))
+        stack.enter_context(parallel.activate(mesh, experiment.training_rules))
         return _Run(experiment, directory, mesh, log, config, config_text).run(stack)
 
 
@@ -67,15 +66,7 @@ class _Run:
         self.config, self.config_text = config, config_text
         self.global_batch = experiment.global_batch_size
         spec = experiment.train_data.spec(self.global_batch)
-        self.factory = StateFactory(
-            experiment.model,
-            experiment.optimizer,
-            spec,
-            mesh,
-            rules=experiment.zero.state_rules(experiment.rules),
-            gradient_rules=experiment.zero.gradient_rules(experiment.rules),
-            offload=experiment.offload_optimizer_state,
-        )
+        self.factory = state_factory(experiment, spec, mesh)
         self.abstract = self.factory.abstract()
         self.tokens_per_step = math.prod(spec["tokens"].shape)
         self.first_row = 0  # number of the row that the first step of this start begins with
@@ -284,31 +275,11 @@ class _Run:
         return batch_spec(self.experiment.train_data.spec(rows), self.mesh)
 
     def _compile(self, rows: int):
-        experiment = self.experiment
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
-        step = TrainStep.of(
-            self.factory,
-            experiment.task,
-            num_microbatches=experiment.num_accumulated,
-            seed=experiment.seed,
-            accumulation_dtype=experiment.accumulation_dtype,
-        )
-
-        def train_step(state, batch):  # its name is that of the program in profiles and dumps
-            return step(state, batch)
-
-        jitted = jax.jit(
-            train_step, donate_argnums=0, out_shardings=(shardings, replicated(self.mesh))
-        )
+        jitted = jit_step(self.experiment, self.factory)
         return jitted.lower(self.abstract, self._spec(rows)).compile()
 
     def _flops(self, rows: int) -> int:
-        variables = {"params": self.abstract.params, **self.abstract.collections}
-        model = self.experiment.model
-        with parallel.without_pipeline():
-            return train_flops(
-                lambda v, b: self.experiment.task.forward(model, v, b), variables, self._spec(rows)
-            )
+        return model_flops(self.experiment, self.abstract, self._spec(rows))
 
     def _evaluators(self) -> list[Evaluator]:
         return (
@@ -348,6 +319,47 @@ class _Run:
                 step=done,
                 stall_seconds=round(checkpointer.last_stall_seconds, 4),
             )
+
+
+def state_factory(
+    experiment: Experiment, spec: Mapping[str, jax.ShapeDtypeStruct], mesh: jax.sharding.Mesh
+) -> StateFactory:
+    """What makes the states of a run, for batches of `spec` on `mesh`."""
+    return StateFactory(
+        experiment.model,
+        experiment.optimizer,
+        spec,
+        mesh,
+        rules=experiment.zero.state_rules(experiment.rules),
+        gradient_rules=experiment.zero.gradient_rules(experiment.rules),
+        offload=experiment.offload_optimizer_state,
+    )
+
+
+def jit_step(experiment: Experiment, factory: StateFactory):
+    """The training step, jitted: `lower(abstract, spec)` is the one program that runs train and that plans compile."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, factory.abstract())
+    step = TrainStep.of(
+        factory,
+        experiment.task,
+        num_microbatches=experiment.num_accumulated,
+        seed=experiment.seed,
+        accumulation_dtype=experiment.accumulation_dtype,
+    )
+
+    def train_step(state, batch):  # its name is that of the program in profiles and dumps
+        return step(state, batch)
+
+    place = (shardings, replicated(factory.mesh))
+    return jax.jit(train_step, donate_argnums=0, out_shardings=place)
+
+
+def model_flops(experiment: Experiment, abstract: TrainState, spec: Mapping[str, Any]) -> int:
+    """FLOPs that a step needs, of all devices together; see `paxlike.log.flops`."""
+    model, task = experiment.model, experiment.task
+    variables = {"params": abstract.params, **abstract.collections}
+    with parallel.without_pipeline():
+        return train_flops(lambda v, b: task.forward(model, v, b), variables, spec)
 
 
 def batch_spec(spec: Mapping[str, jax.ShapeDtypeStruct], mesh) -> dict[str, jax.ShapeDtypeStruct]:

@@ -98,10 +98,16 @@ class StateFactory:
         Raises:
           ValueError: a parameter does not divide over the mesh.
         """
-        description = self._description
-        whole = _placed(description.replace(opt_state=None, ema=None), self.mesh)
-        part = description.replace(params=None, collections={})
-        part = _placed(part, self.mesh, self.rules)
+        return self.place(self.boxed())
+
+    def boxed(self) -> TrainState:
+        """Shapes and dtypes of the state in boxes with the logical names of their dimensions; the same on any mesh."""
+        return self._description
+
+    def place(self, boxed: TrainState) -> TrainState:
+        """What `boxed` describes, with the shardings of this mesh; ValueError where a parameter does not divide."""
+        whole = _placed(boxed.replace(opt_state=None, ema=None), self.mesh)
+        part = _placed(boxed.replace(params=None, collections={}), self.mesh, self.rules)
         opt_state = _in_host_memory(part.opt_state) if self.offload else part.opt_state
         return whole.replace(opt_state=opt_state, ema=part.ema)
 

@@ -15,6 +15,7 @@ EXTRAS = {
     "test": ("plot", "test"),
     "parity": ("parity",),
     "gpu": ("plot", "gpu"),
+    "plan": ("plan",),
 }
 
 
@@ -76,7 +77,7 @@ def test_lock_covers_the_project(root, project, name, python):
 
 
 @pytest.mark.parametrize("python", PYTHONS)
-@pytest.mark.parametrize("name", ["base", "parity", "gpu", "setup"])
+@pytest.mark.parametrize("name", ["base", "parity", "gpu", "plan", "setup"])
 def test_locks_agree_with_the_test_environment(root, name, python):
     tested, versions = locked(root, "test", python), locked(root, name, python)
     shared = tested.keys() & versions.keys()

@@ -1,0 +1,1 @@
+"""Plans: what a step of an experiment would take on hardware that is not here."""
