@@ -94,6 +94,33 @@ def run(job_log_dir, knobs, *flags, devices=1, expect=0, **kwargs) -> subprocess
     return done
 
 
+def run_processes(job_log_dir, knobs, *flags, processes, devices=1) -> None:
+    """The same in several processes of so many devices each, joined by `jax.distributed` on loopback."""
+    address = f"127.0.0.1:{free_port()}"
+    started = [
+        subprocess.Popen(
+            command(
+                job_log_dir,
+                knobs,
+                *flags,
+                "--multiprocess_gpu",
+                f"--server_addr={address}",
+                f"--num_hosts={processes}",
+                f"--host_idx={index}",
+            ),
+            env=environment(devices),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=ROOT,
+        )
+        for index in range(processes)
+    ]
+    outputs = [process.communicate(timeout=400)[0] for process in started]
+    codes = [process.returncode for process in started]
+    assert codes == [0] * processes, "\n".join(output[-3000:] for output in outputs)
+
+
 def losses(job_log_dir, split="train") -> dict[int, float]:
     """step -> loss of a run."""
     return {

@@ -151,34 +151,8 @@ def runs_so_far(directory):
 def test_two_processes_give_the_losses_of_one(straight, text, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     runs.run(one, {**text, "ICI_MESH_SHAPE": "[1,2,1]", "PERCORE_BATCH_SIZE": 2}, devices=2)
-    port = runs.free_port()
-    processes = [
-        subprocess.Popen(
-            runs.command(
-                two,
-                {
-                    **text,
-                    "ICI_MESH_SHAPE": "[1,1,1]",
-                    "DCN_MESH_SHAPE": "[1,2,1]",
-                    "PERCORE_BATCH_SIZE": 2,
-                },
-                "--multiprocess_gpu",
-                f"--server_addr=127.0.0.1:{port}",
-                "--num_hosts=2",
-                f"--host_idx={index}",
-            ),
-            env=runs.environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=runs.ROOT,
-        )
-        for index in range(2)
-    ]
-    outputs = [process.communicate(timeout=400)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], (
-        outputs[0][-3000:] + outputs[1][-3000:]
-    )
+    meshes = {"ICI_MESH_SHAPE": "[1,1,1]", "DCN_MESH_SHAPE": "[1,2,1]"}
+    runs.run_processes(two, {**text, **meshes, "PERCORE_BATCH_SIZE": 2}, processes=2)
     ours, theirs, single = runs.losses(two), runs.losses(one), runs.losses(straight[0])
     np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-5)
     np.testing.assert_allclose(list(ours.values()), list(single.values()), rtol=1e-5)
@@ -189,6 +163,31 @@ def test_two_processes_give_the_losses_of_one(straight, text, tmp_path):
         devices=2,
     )
     assert max(runs.losses(two)) == 13
+
+
+def test_four_processes_become_two_and_one_and_every_axis_crosses_them(straight, text, tmp_path):
+    """Each start takes the checkpoint of the one before, on another mesh of another number of processes."""
+    axes = "[pipeline,data,fsdp,context,tensor]"
+    starts = [  # processes, devices of each, the mesh inside a process and across, last step
+        (4, 1, "[1,1,1,1,1]", "[2,1,2,1,1]", 3),
+        (2, 2, "[1,1,1,1,2]", "[1,1,1,2,1]", 6),
+        (2, 1, "[1,1,1,1,1]", "[1,1,1,1,2]", 9),
+    ]
+    for processes, devices, ici, dcn, last in starts:
+        knobs = {
+            **text,
+            "MESH_AXES": axes,
+            "ICI_MESH_SHAPE": ici,
+            "DCN_MESH_SHAPE": dcn,
+            "PERCORE_BATCH_SIZE": 4 / (processes * devices),
+            "NUM_MICROBATCHES": 2 if dcn[1] == "2" else 1,
+            "MAX_STEPS": last,
+        }
+        runs.run_processes(tmp_path, knobs, processes=processes, devices=devices)
+    runs.run(tmp_path, {**text, "MAX_STEPS": 12})
+    ours, single = runs.losses(tmp_path), runs.losses(straight[0])
+    assert list(ours) == list(single)
+    np.testing.assert_allclose(list(ours.values()), list(single.values()), rtol=1e-5)
 
 
 def call(*argv, environ=None):
