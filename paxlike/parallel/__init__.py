@@ -12,7 +12,7 @@ from paxlike.parallel.rules import (
     num_shards,
     shard,
     spec,
-    spread,
+    towards,
 )
 from paxlike.parallel.zero import Zero
 
@@ -32,5 +32,5 @@ __all__ = [
     "num_shards",
     "shard",
     "spec",
-    "spread",
+    "towards",
 ]
