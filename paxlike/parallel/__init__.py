@@ -29,7 +29,7 @@ from paxlike.parallel.rules import (
     rules_with,
     shard,
     spec,
-    spread,
+    towards,
     whole_rows,
 )
 from paxlike.parallel.zero import Zero
@@ -62,7 +62,7 @@ __all__ = [
     "scatter_length",
     "shard",
     "spec",
-    "spread",
+    "towards",
     "whole_rows",
     "without_pipeline",
 ]

@@ -105,19 +105,33 @@ def shard(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(*_mesh_axes(names, sizes)))
 
 
-def spread(x: jax.Array) -> jax.Array:
-    """`x` with its first dimension over the mesh axes that divide it and the others whole, for work on each row alone.
+def towards(place: NamedSharding, shape: tuple[int, ...], dim: int) -> list[NamedSharding]:
+    """Shardings from `place` to one whose dimension `dim` carries all mesh axes that divide it, for work on its parts.
 
-    Where no axis divides it the compiler is left to choose.
+    One axis moves from each to the next, which the compiler can do by an exchange without gathering the array; an axis
+    that does not divide the dimension stays where it is.
     """
-    sizes = compat.current_mesh_shape()
-    axes: list[str] = []
-    for axis, size in sizes.items():
-        if size > 1 and x.shape[0] % (size * math.prod(sizes[a] for a in axes)) == 0:
-            axes.append(axis)
-    if not axes:
-        return x
-    return jax.lax.with_sharding_constraint(x, P(tuple(axes), *(None,) * (x.ndim - 1)))
+    sizes = dict(place.mesh.shape)
+    spec = [_as_tuple(axes) for axes in (*place.spec, *(None,) * (len(shape) - len(place.spec)))]
+
+    def fits(axis: str) -> bool:
+        return shape[dim] % math.prod(sizes[a] for a in (*spec[dim], axis)) == 0
+
+    def here() -> NamedSharding:
+        return NamedSharding(place.mesh, P(*(axes or None for axes in spec)))
+
+    path = [place]
+    for d in range(len(shape)):
+        for axis in reversed(spec[d] if d != dim else ()):
+            if fits(axis):
+                spec[d] = tuple(a for a in spec[d] if a != axis)
+                spec[dim] = (*spec[dim], axis)
+                path.append(here())
+    before = spec[dim]
+    for axis in sizes:
+        if sizes[axis] > 1 and not any(axis in axes for axes in spec) and fits(axis):
+            spec[dim] = (*spec[dim], axis)
+    return path if spec[dim] == before else [*path, here()]
 
 
 def named_sharding(

@@ -7,6 +7,7 @@ keep their state in the boxes of the parameters, so that it is sharded like them
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from typing import Any, NamedTuple
 
@@ -257,15 +258,19 @@ class Muon:
         return optax.GradientTransformation(init, update)
 
     def _orthogonal(self, m: Array, split: Split) -> Array:
-        # Whole matrices, spread over the devices: one exchange there and back, rather than one in each iteration.
-        x = parallel.spread(split.flat(m))
-        y = parallel.spread(orthogonalize(x, self.num_iterations, self.epsilon))
+        # Whole matrices, spread over the devices: exchanged there and back, rather than in each iteration.
+        path: list[Any] = []
+        if split.place is not None and split.stack:
+            path = parallel.towards(split.place, m.shape, split.stack[0])
+        x = functools.reduce(jax.lax.with_sharding_constraint, path, m)
+        y = orthogonalize(split.flat(x), self.num_iterations, self.epsilon)
         inputs, outputs = split.sizes(m.shape)
         if self.rms is None:
             factor = max(1.0, outputs / inputs) ** 0.5
         else:
             factor = self.rms * max(inputs, outputs) ** 0.5
-        return split.unflat(factor * y, m.shape)
+        y = split.unflat(factor * y, m.shape)
+        return functools.reduce(jax.lax.with_sharding_constraint, reversed(path), y)
 
 
 def orthogonalize(

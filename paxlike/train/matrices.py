@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 from flax import linen as nn
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
 from paxlike import parallel
@@ -29,12 +30,14 @@ class Split:
       stack: dimensions that count the parts.
       inputs, outputs: dimensions of one matrix; both () where a part is no matrix (a bias, the gain of a norm).
       is_table: one vector for each input, to be looked up: no linear map.
+      place: where the array lies while it is updated; None where the compiler is left to choose.
     """
 
     stack: tuple[int, ...] = ()
     inputs: tuple[int, ...] = ()
     outputs: tuple[int, ...] = ()
     is_table: bool = False
+    place: NamedSharding | None = None
 
     def sizes(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """Inputs and outputs of one matrix of an array of this shape; (1, 1) where it is none."""

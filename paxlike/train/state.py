@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
 from paxlike import parallel
-from paxlike.train.matrices import is_box, unboxed
+from paxlike.train.matrices import is_box, named, unboxed
 from paxlike.train.optimizer import Optimizer, merge
 
 PyTree = Any
@@ -85,8 +85,17 @@ class StateFactory:
 
     @functools.cached_property
     def bound_optimizer(self) -> Optimizer:
-        """The optimizer that knows the matrices of the model's parameters (see `Optimizer.bound`)."""
-        return self.optimizer.bound(self._description.params)
+        """The optimizer that knows the matrices of the model's parameters, and where they lie."""
+        params = self._description.params
+        bound = self.optimizer.bound(params)
+        if self.mesh.size == 1:
+            return bound
+        placed = named(_placed(params, self.mesh, self.rules))
+        splits = {
+            name: dataclasses.replace(split, place=placed[name].sharding)
+            for name, split in (bound.splits or {}).items()
+        }
+        return dataclasses.replace(bound, splits=splits)
 
     @functools.cached_property
     def _description(self) -> TrainState:

@@ -156,3 +156,20 @@ def test_an_axis_that_nothing_is_spread_over_is_refused(sizes, message):
     with pytest.raises(ValueError, match=message):
         parallel.check_axes(sizes)
     parallel.check_axes({"data": 2, "expert": 1})
+
+
+def test_axes_move_one_by_one_to_the_dimension_that_counts_parts():
+    mesh = parallel.Mesh(ici=(1, 2, 2)).build(jax.devices()[:4])
+    place = lambda *axes: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+    path = parallel.towards(place(None, "fsdp", "tensor"), (4, 8, 6), 0)
+    assert [p.spec for p in path] == [
+        place(None, "fsdp", "tensor").spec,
+        place("fsdp", None, "tensor").spec,
+        place(("fsdp", "tensor"), None, None).spec,
+    ]
+    # Three parts do not go over two devices, six go over one of two axes, and a free axis takes its share.
+    assert parallel.towards(place(None, "fsdp"), (3, 8), 0) == [place(None, "fsdp")]
+    both = parallel.towards(place(None, "fsdp"), (4, 8), 0)
+    assert both[-1].spec == place(("fsdp", "tensor"), None).spec
+    halfway = parallel.towards(place(None, "fsdp", "tensor"), (6, 8, 8), 0)
+    assert halfway[-1].spec == place("fsdp", None, "tensor").spec

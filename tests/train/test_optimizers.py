@@ -1,5 +1,6 @@
 """Every optimizer: against optax on plain matrices, matrix by matrix on a stacked model, and on every mesh."""
 
+import functools
 import math
 import re
 
@@ -183,6 +184,11 @@ def references():
     return {}
 
 
+@pytest.fixture(scope="module")
+def on_mesh():
+    return functools.cache(lambda kind, shape: tiny.Trainer(shape, opt=optimizer(kind)))
+
+
 def losses_on_one_device(kind, references):
     if kind not in references:
         references[kind] = tiny.Trainer(opt=optimizer(kind)).losses()
@@ -198,9 +204,26 @@ def losses_on_one_device(kind, references):
     ],
     ids=str,
 )
-def test_same_losses_on_meshes(kind, shape, references):
-    many = tiny.Trainer(shape, opt=optimizer(kind)).losses()
+def test_same_losses_on_meshes(kind, shape, references, on_mesh):
+    many = on_mesh(kind, shape).losses()
     np.testing.assert_allclose(many, losses_on_one_device(kind, references), rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 1), (1, 2, 2)], ids=str)
+def test_muon_exchanges_matrices_and_gathers_none(shape, on_mesh):
+    """Each device orthogonalises whole layers: every kernel travels there and back once, a quarter to each device."""
+    trainer = on_mesh("muon", shape)
+    travels = {"all-gather": [], "all-to-all": [], "collective-permute": []}
+    pattern = rf"= (.*?) ({'|'.join(travels)})(?:-start)?\("
+    for shapes, kind in re.findall(pattern, trainer.compiled.as_text()):
+        sizes = re.findall(r"\w+\[([\d,]*)\]", shapes)
+        travels[kind].append(sum(math.prod(int(n) for n in dims.split(",")) for dims in sizes))
+    kernels = sum(x.size for n, x in named(trainer.abstract.params).items() if n.endswith("kernel"))
+    axes = sum(size > 1 for size in shape)  # one exchange for each axis that moves
+    assert sum(travels["all-to-all"]) == 2 * axes * kernels // 4
+    assert not travels["collective-permute"]
+    # The largest thing that is gathered is the token table, or the weights of one layer of four.
+    assert max(travels["all-gather"]) <= tiny.VOCAB * 64
 
 
 @pytest.mark.parametrize("kind", ["muon", "adafactor"])
