@@ -7,6 +7,7 @@ not here. `--fdl_help` explains a config.
 """
 
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -142,6 +143,10 @@ def _refuse_flags_without_effect() -> None:
     if SEARCH_COMPILES.value is not None and not SEARCH.value:
         raise flags.UsageError("--search_compiles has no effect without --search")
     distributed = MULTIPROCESS.value or SERVER_ADDR.value is not None
+    if distributed and MODE.value == "plan":
+        raise flags.UsageError(
+            "--multiprocess_gpu and --server_addr have no effect with --mode=plan"
+        )
     if not distributed and (NUM_HOSTS.value is not None or HOST_IDX.value is not None):
         raise flags.UsageError(
             "--num_hosts and --host_idx need --multiprocess_gpu and --server_addr=HOST:PORT of process 0"
@@ -201,7 +206,7 @@ def _plan(argv: list[str], environ: dict[str, str], resolved) -> int:
         num_tokens=PLAN_TOKENS.value,
         gpu_hours=PLAN_GPU_HOURS.value,
         directory=JOB_LOG_DIR.value,
-        command=f"python main.py {' '.join(argv[1:])}",
+        command=shlex.join(["python", "main.py", *argv[1:]]),
     )
     chip, num_devices = command.prepare(experiment, options, os.environ)
     if chip.platform == "cpu":

@@ -3,10 +3,9 @@
     source scripts/lib/malloc.sh && python scripts/plan_ranking.py --output docs/benchmarks [--rounds 7]
 
 Each candidate (mesh x microbatches x remat policy) of one small GPT is planned as `--mode=plan --chip=cpu` plans it,
-and the very program that was planned is run. The candidates take turns, one step each in a round, so that what else the
-machine does meets them all: each time is divided by the mean of its round, and the median over the rounds counts. CPU
-seconds (all threads) stand beside the time on the clock: they are less disturbed where the machine is shared. Reported
-is Spearman's rank correlation with each.
+and the very program that was planned is run, in a process of its own: beside other candidates some took three times as
+long as alone. CPU seconds of a step (all threads, median) stand beside the time on the clock, which other programs
+disturb. Reported is Spearman's rank correlation with each.
 """
 
 from __future__ import annotations
@@ -17,6 +16,8 @@ import importlib.metadata
 import json
 import os
 import shlex
+import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -70,26 +71,33 @@ CANDIDATES = [
 def main(argv: list[str] | None = None) -> int:
     """Plans, measures, prints a table and writes plan_ranking.json."""
     options = _parse(sys.argv[1:] if argv is None else argv)
-    runs = [_Run(*candidate) for candidate in CANDIDATES]
-    for number in range(options.rounds + 1):
-        for run in runs:
-            run.step(count=number > 0)  # the first round warms up
-        print(f"round {number} of {options.rounds}", file=sys.stderr, flush=True)
-    planned = [run.plan.estimate.step_seconds for run in runs]
-    clock, cpu = (relative([run.times[kind] for run in runs]) for kind in ("clock", "cpu"))
-    correlations = {"clock": spearman(planned, clock), "cpu": spearman(planned, cpu)}
-    rows = sorted(zip(clock, cpu, planned, runs, strict=True), key=lambda row: row[0])
+    if options.candidate is not None:
+        print(json.dumps(_measure(CANDIDATES[options.candidate], options.rounds)))
+        return 0
+    found = []
+    for number in range(len(CANDIDATES)):
+        command = [sys.executable, __file__, f"--candidate={number}", f"--rounds={options.rounds}"]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+        print(f"{number + 1} of {len(CANDIDATES)}", file=sys.stderr, flush=True)
+    planned = [result["planned_seconds"] for result in found]
+    correlations = {
+        kind: spearman(planned, [result[f"{kind}_seconds"] for result in found])
+        for kind in ("clock", "cpu")
+    }
+    found.sort(key=lambda result: result["cpu_seconds"])
     print(
-        f"{'mesh':<10} {'microbatches':>12}  {'policy':<16} {'clock':>7} {'cpu':>7} {'planned s':>10}"
+        f"{'mesh':<10} {'microbatches':>12}  {'policy':<16} {'clock':>7} {'cpu':>7} {'planned':>8}"
     )
-    for by_clock, by_cpu, estimate, run in rows:
-        mesh, parts, policy = run.candidate
+    for result in found:
+        times = [result[f"{kind}_seconds"] for kind in ("clock", "cpu", "planned")]
         print(
-            f"{mesh:<10} {parts:>12}  {policy:<16} {by_clock:>7.2f} {by_cpu:>7.2f} {estimate:>10.3f}"
+            f"{result['mesh']:<10} {result['microbatches']:>12}  {result['policy']:<16} "
+            f"{times[0]:>7.3f} {times[1]:>7.3f} {times[2]:>8.3f}"
         )
     for kind, correlation in correlations.items():
         print(
-            f"Spearman's rank correlation of {len(runs)} candidates, by {kind}: {correlation:.2f}"
+            f"Spearman's rank correlation of {len(found)} candidates, by {kind}: {correlation:.2f}"
         )
     if options.output is not None:
         record = {
@@ -97,69 +105,52 @@ def main(argv: list[str] | None = None) -> int:
             "machine": _machine(),
             "model": MODEL,
             "spearman": correlations,
-            "candidates": [
-                {
-                    "mesh": run.candidate[0],
-                    "microbatches": run.candidate[1],
-                    "policy": run.candidate[2],
-                    "planned_seconds": estimate,
-                    "clock_over_mean": by_clock,
-                    "cpu_over_mean": by_cpu,
-                    "seconds": run.times,
-                }
-                for by_clock, by_cpu, estimate, run in rows
-            ],
+            "candidates": found,
         }
         path = options.output / "plan_ranking.json"
         path.write_text(json.dumps(record, indent=1) + "\n")
     return 0
 
 
-class _Run:
-    """A candidate: its plan, and its program with a state of its own."""
-
-    def __init__(self, mesh: str, microbatches: int, policy: str):
-        self.candidate = (mesh, microbatches, policy)
-        knobs = {
-            **MODEL,
-            "ICI_MESH_SHAPE": mesh,
-            "NUM_MICROBATCHES": microbatches,
-            "CHECKPOINT_POLICY": policy,
-        }
-        given = [f"--fdl.{name}={value}" for name, value in knobs.items()]
-        request, _ = flags.split(["main.py", "--fdl_config=Synthetic126M", *given])
-        experiment = fdl.build(flags.resolve(request, {}).tree)
-        program = planner.lower(experiment, CHIPS["cpu"])
-        started = time.perf_counter()
-        self.compiled = program.lowered.compile()
-        self.plan = program.read(self.compiled, time.perf_counter() - started)
-        shapes = experiment.train_data.spec(self.plan.rows)
-        self.times: dict[str, list[float]] = {"clock": [], "cpu": []}
-        with parallel.activate(program.mesh, experiment.rules):
-            factory = StateFactory(experiment.model, experiment.optimizer, shapes, program.mesh)
-            self.state = factory.initialize(0)
-        self.batches = experiment.train_data.batches(
-            global_batch=self.plan.rows,
-            sharding=parallel.named_sharding(program.mesh, ("batch", "length")),
-        )
-        print(f"planned {mesh} {microbatches} {policy}", file=sys.stderr, flush=True)
-
-    def step(self, *, count: bool) -> None:
-        """One step; its time is kept if it counts."""
-        batch = next(self.batches)
-        jax.block_until_ready(batch)
-        started, used = time.perf_counter(), time.process_time()
-        self.state, metrics = self.compiled(self.state, batch)
-        jax.block_until_ready((self.state, metrics))
-        if count:
-            self.times["clock"].append(time.perf_counter() - started)
-            self.times["cpu"].append(time.process_time() - used)
-
-
-def relative(times: list[list[float]]) -> list[float]:
-    """Of each candidate's times, a column a round: the median of what they are beside the mean of their round."""
-    values = np.array(times)
-    return np.median(values / values.mean(axis=0), axis=1).tolist()
+def _measure(candidate: tuple[str, int, str], rounds: int) -> dict[str, object]:
+    """The plan of a candidate, and the times of `rounds` steps of its program after one that warms up."""
+    mesh, microbatches, policy = candidate
+    knobs = {
+        **MODEL,
+        "ICI_MESH_SHAPE": mesh,
+        "NUM_MICROBATCHES": microbatches,
+        "CHECKPOINT_POLICY": policy,
+    }
+    given = [f"--fdl.{name}={value}" for name, value in knobs.items()]
+    request, _ = flags.split(["main.py", "--fdl_config=Synthetic126M", *given])
+    experiment = fdl.build(flags.resolve(request, {}).tree)
+    program = planner.lower(experiment, CHIPS["cpu"])
+    started = time.perf_counter()
+    compiled = program.lowered.compile()
+    plan = program.read(compiled, time.perf_counter() - started)
+    shapes = experiment.train_data.spec(plan.rows)
+    with parallel.activate(program.mesh, experiment.rules):
+        factory = StateFactory(experiment.model, experiment.optimizer, shapes, program.mesh)
+        state = factory.initialize(0)
+        place = parallel.named_sharding(program.mesh, ("batch", "length"))
+    clock, cpu = [], []
+    with experiment.train_data.batches(global_batch=plan.rows, sharding=place) as batches:
+        for _ in range(rounds + 1):
+            batch = jax.block_until_ready(next(batches))
+            started, used = time.perf_counter(), time.process_time()
+            state, _ = jax.block_until_ready(compiled(state, batch))
+            clock.append(time.perf_counter() - started)
+            cpu.append(time.process_time() - used)
+    return {
+        "mesh": mesh,
+        "microbatches": microbatches,
+        "policy": policy,
+        "planned_seconds": plan.estimate.step_seconds,
+        "clock_seconds": statistics.median(clock[1:]),
+        "cpu_seconds": statistics.median(cpu[1:]),
+        "clock": clock[1:],
+        "cpu": cpu[1:],
+    }
 
 
 def spearman(first: list[float], second: list[float]) -> float:
@@ -184,6 +175,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, help="folder for plan_ranking.json")
+    parser.add_argument("--candidate", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=7, help="measured steps of each candidate")
     return parser.parse_args(argv)
 

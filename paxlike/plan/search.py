@@ -8,6 +8,7 @@ estimates. The formula only orders the candidates: what is printed was compiled.
 from __future__ import annotations
 
 import dataclasses
+import fractions
 import itertools
 import math
 import re
@@ -271,7 +272,7 @@ def _score(
         fixed = memory.state + memory.batch + memory.gradients
         if fixed > usable:
             refused[
-                f"state and gradients alone are more than the {usable / GIB:.1f} GiB of a {chip.name}"
+                f"state and gradients alone are more than the {usable / GIB:.1f} GiB of one {chip.name}"
             ] += group
             continue
         links = _Links(mesh, chip, abstract.params, experiment.compute_dtype)
@@ -349,13 +350,14 @@ def _keeps_more(
 
 
 def _rows(experiment: Experiment, num_devices: int) -> int:
-    """Rows of a step; the mesh of the config need not divide them."""
-    flat = parallel.Mesh(
-        ici=(1,) * (len(experiment.mesh.axes) - 1) + (num_devices,),
-        axes=tuple(experiment.mesh.axes),
-    )
-    last = dataclasses.replace(flat, axes=(*(f"_{n}" for n in range(len(flat.axes) - 1)), "_last"))
-    return last.global_batch_size(experiment.percore_batch_size)
+    """Rows of a step, whatever the mesh."""
+    given = experiment.percore_batch_size
+    exact = fractions.Fraction(given).limit_denominator(1 << 20) * num_devices
+    if exact.denominator != 1 or exact < 1:
+        raise ValueError(
+            f"PERCORE_BATCH_SIZE={given} x {num_devices} devices = {float(exact):g} rows is not a whole number of rows"
+        )
+    return exact.numerator
 
 
 def _factorisations(n: int, parts: int) -> Iterator[tuple[int, ...]]:

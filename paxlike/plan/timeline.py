@@ -17,7 +17,7 @@ from paxlike.plan.hlo import Collective, Computation, Module
 
 
 @dataclasses.dataclass
-class Traffic:
+class Total:
     """What all runs of one kind of collective along one set of axes come to, on one device.
 
     Attributes:
@@ -58,7 +58,7 @@ class Estimate:
     flops: int = 0
     memory_bytes: int = 0
     num_operations: int = 0
-    collectives: dict[tuple, Traffic] = dataclasses.field(default_factory=dict)
+    collectives: dict[tuple, Total] = dataclasses.field(default_factory=dict)
 
     @property
     def exposed_seconds(self) -> float:
@@ -158,7 +158,7 @@ class _Clock:
             collective, chip=self.chip, nodes=self.nodes, efficiency=self.efficiency.links
         )
         key = (collective.kind, axes, across)
-        total = self.result.collectives.setdefault(key, Traffic(collective.kind, axes, across))
+        total = self.result.collectives.setdefault(key, Total(collective.kind, axes, across))
         total.count += times
         total.bytes += times * collective.bytes
         total.sent_bytes += times * collective.sent_bytes

@@ -99,6 +99,7 @@ def test_cpu_as_the_fallback_says_so_and_writes_nothing(tmp_path):
         (["--chip=cpu", "--devices=3"], "there are 3; the nearest that fits"),
         (["--chip=cpu", "--plan_tokens=-1"], "--plan_tokens=-1.0 must be above 0"),
         (["--chip=cpu", "--search_compiles=3"], "no effect without --search"),
+        (["--chip=cpu", "--multiprocess_gpu"], "no effect with --mode=plan"),
         (
             ["--chip=cpu", "--mode=train", "--job_log_dir=x"],
             "--chip has no effect with --mode=train",

@@ -3,7 +3,6 @@
 import dataclasses
 
 import fiddle as fdl
-import jax
 import pytest
 
 from configs import flags
@@ -86,6 +85,14 @@ def test_policies_that_keep_more_have_more_bytes_and_fewer_flops():
     assert kept[0].flops == pytest.approx(kept[2].flops * 4 / 3, rel=0.25)
 
 
+def test_a_gpu_is_planned_with_fused_attention_though_there_is_none():
+    narrow = change({"FPROP_DTYPE": "bfloat16"})
+    fused, plain = activations(narrow, H100), activations(narrow, CPU)
+    scores = 2 * 2 * 32 * 32  # of two layers and heads, which the fused form does not keep
+    assert fused.bytes < plain.bytes - 2 * scores
+    assert fused.flops > 0.9 * plain.flops
+
+
 @pytest.fixture(scope="module")
 def found():
     return search(
@@ -139,4 +146,6 @@ def test_a_search_says_what_is_missing():
     with pytest.raises(ValueError, match="a search needs --devices=N"):
         open_mesh = change({"ICI_MESH_SHAPE": "[-1,1,1]"})
         command.search(open_mesh, change, command.Options("cpu"), policy=None, max_compiles=1)
-    assert len(jax.devices()) == 4
+    odd = change({"PERCORE_BATCH_SIZE": 0.3})
+    with pytest.raises(ValueError, match=r"0.3 x 4 devices = 1.2 rows is not a whole number"):
+        command.search(odd, change, command.Options("cpu"), policy=None, max_compiles=1)
