@@ -37,6 +37,11 @@ def current_mesh_shape() -> dict[str, int]:
     return {axis: size for axis, size in mesh.shape.items() if axis not in mesh.manual_axes}
 
 
+def in_manual_region() -> bool:
+    """Whether this is traced inside a `shard_map`."""
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
 def program_cache(folder: str | os.PathLike) -> Path:
     """Where in `folder` compiled programs are kept (for `jax_compilation_cache_dir`), and makes reading them safe.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import math
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from paxlike import compat, parallel
 from paxlike.ops import platform
 
 Implementation = Literal["auto", "xla", "cudnn"]
@@ -80,17 +82,7 @@ def attention(
             raise ValueError(
                 f"cuDNN attention {reason}: set USE_CUDNN_FLASH_ATTENTION=None, which takes it where it can serve"
             )
-        mask = None if segments is None else _segment_mask(segments)
-        return jax.nn.dot_product_attention(
-            q,
-            k,
-            v,
-            mask=mask,
-            scale=scores.scale,
-            is_causal=causal,
-            local_window_size=None if window is None else (window - 1, 0),
-            implementation="cudnn",
-        )
+        return _on_each_device(_fused(scores, causal), q, k, v, segments)
     if implementation != "xla":
         raise ValueError(
             f"attention implementation '{implementation}' is none of {', '.join(IMPLEMENTATIONS)}"
@@ -98,6 +90,43 @@ def attention(
     if causal and offset is None and _num_blocks(q.shape[1], k.shape[1]) > 1:
         return causal_attention_in_blocks(q, k, v, segments, scores=scores)
     return reference(q, k, v, segments, offset, scores=scores)
+
+
+def _fused(scores: Scores, causal: bool):
+    """cuDNN's attention as a function of (q, k, v, segments)."""
+
+    def attend(q, k, v, segments):
+        return jax.nn.dot_product_attention(
+            q,
+            k,
+            v,
+            mask=None if segments is None else _segment_mask(segments),
+            scale=scores.scale,
+            is_causal=causal,
+            local_window_size=None if scores.window is None else (scores.window - 1, 0),
+            implementation="cudnn",
+        )
+
+    return attend
+
+
+def _on_each_device(attend, q, k, v, segments):
+    """`attend`, mapped by hand over the rest of the mesh where some axes are mapped by hand already (a pipeline).
+
+    The partitioner of the fused kernel cannot be called there.
+    """
+    free = compat.current_mesh_shape()
+    if not compat.in_manual_region() or math.prod(free.values()) == 1:
+        return attend(q, k, v, segments)
+    heads = parallel.spec("batch", None, "act_heads", None)
+    rows = parallel.spec("batch", None)
+    return jax.shard_map(
+        attend,
+        in_specs=(heads, heads, heads, None if segments is None else rows),
+        out_specs=heads,
+        axis_names=set(free),
+        check_vma=False,
+    )(q, k, v, segments)
 
 
 class Scores(NamedTuple):

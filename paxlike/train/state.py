@@ -99,7 +99,7 @@ class StateFactory:
 
     @functools.cached_property
     def _description(self) -> TrainState:
-        return jax.eval_shape(self._boxed, jax.random.key(0))
+        return jax.eval_shape(lambda: self._boxed(jax.random.key(0)))
 
     def abstract(self) -> TrainState:
         """Shapes, dtypes and shardings of the state; nothing is allocated.
