@@ -79,6 +79,10 @@ class MeshKnobs(Knobs):
     CIRCULAR_REPEAT: Annotated[
         int, "times that a microbatch goes through the pipeline, each time with other layers"
     ] = 1
+    PIPELINE_GATHER_ONCE: Annotated[
+        bool,
+        "stages gather weights over fsdp once a step, not for each microbatch: less is sent, more is held",
+    ] = True
     BATCH_RAMP: Annotated[
         tuple[int, ...],
         "rows of the first batch, increment, rows until the batch is whole; []: whole at once",

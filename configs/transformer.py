@@ -69,6 +69,7 @@ class TransformerKnobs(LanguageModelKnobs, abstract=True):
         pipeline = {
             "num_microbatches": microbatches if stages > 1 else 1,
             "repeats": self.CIRCULAR_REPEAT,
+            "gather_once": self.PIPELINE_GATHER_ONCE,
         }
         return fdl.Config(
             Stack,

@@ -42,10 +42,12 @@ class Pipeline:
     Attributes:
       num_microbatches: parts of the batch that follow one another; a multiple of the stages.
       repeats: how often the pipeline is run through, each time with other layers (Pax's CIRCULAR_REPEAT).
+      gather_once: a stage gathers its weights, and reduces their gradients, once a step, not for each microbatch.
     """
 
     num_microbatches: int = 1
     repeats: int = 1
+    gather_once: bool = True
 
     def fitting(self, rows: int) -> Pipeline | None:
         """This pipeline with as many microbatches as `rows` rows allow; None where they allow none."""
@@ -215,8 +217,18 @@ class Stack(nn.Module):
             num_microbatches=pipeline.num_microbatches,
             repeats=pipeline.repeats,
             policy=policy,
+            names=_names(period, x, sequence) if pipeline.gather_once else None,
         )
         return parallel.shard(x, "batch", "residual_length", "act_embed")
+
+
+def _names(period: Period, x, sequence: Sequence) -> PyTree:
+    """Logical names of the dimensions of the parameters of one repeat."""
+    here = dataclasses.replace(sequence, train=False)
+    start = lambda: period.init(jax.random.key(0), x, here)["params"]
+    is_box = lambda leaf: isinstance(leaf, nn.meta.AxisMetadata)
+    boxed = jax.eval_shape(start)
+    return jax.tree.map(lambda box: box.names if is_box(box) else (), boxed, is_leaf=is_box)
 
 
 def _of_layer(noise_: Noise, index: jax.Array | None) -> Noise:

@@ -5,7 +5,8 @@ The schedule is the collective one of GPipe (Huang et al. 2019) and, with `repea
 the next one on a ring. With S stages, M microbatches and R repeats there are M R + S - 1 ticks, of which S - 1 find a
 stage with nothing to do: a bubble of (S - 1) / (M R + S - 1).
 
-Everything here is manual over `pipeline` alone: the other axes stay the compiler's.
+Everything here is manual over `pipeline` and, where weights are gathered once a step, over the axes that rows are
+spread over; the other axes stay the compiler's.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from paxlike import compat
+from paxlike.parallel import rules as _rules
 
 AXIS = "pipeline"
 LAYER_INPUT = (
@@ -84,6 +86,7 @@ def pipeline(
     num_microbatches: int,
     repeats: int = 1,
     policy: Callable[..., Any] | None = None,
+    names: PyTree = None,
 ) -> jax.Array:
     """`x` (b, ...) through all layers, b rows in `num_microbatches` parts.
 
@@ -91,12 +94,21 @@ def pipeline(
       stage: `(weights of some layers, number of the first of them, x, extras) -> x` of one microbatch.
       weights: of all layers, stacked in a leading dimension that is spread over the axis; with `repeats` above 1 they
         change places once a step, so that what is stored, and saved, is in the order of the layers.
-      policy: what the backward pass keeps, as in `jax.checkpoint`; None keeps everything.
       extras: arrays of b rows that each stage needs beside `x` (positions, segments).
+      policy: what the backward pass keeps, as in `jax.checkpoint`; None keeps everything.
+      names: logical names of the dimensions of one layer's weights (tuples, in a tree like `weights`). With them
+        weights are gathered over the axes of the batch once a step, and their gradients reduced once; each device holds
+        its stage's weights and gradients whole, in their own dtype. None gathers and reduces in every tick.
     """
     stages = num_stages()
     layers = jax.tree.leaves(weights)[0].shape[0]
     check_pipeline(stages, layers=layers, microbatches=num_microbatches, repeats=repeats)
+    rows_over = tuple(axis for axis in _rules.mesh_axes("batch") if axis != AXIS)
+    by_hand = () if names is None else rows_over
+    if names is not None:
+        # Outside: a gather inside the map would make whole what the other axes share.
+        weights = jax.tree.map(functools.partial(_gathered, rows_over), weights, names)
+    rows = P(AXIS, None, by_hand)
     local = functools.partial(
         _local,
         stage,
@@ -105,24 +117,40 @@ def pipeline(
         repeats=repeats,
         policy=policy,
     )
-    spread = P(AXIS)
     run = jax.shard_map(
-        local, in_specs=(spread,) * 4, out_specs=spread, axis_names={AXIS}, check_vma=False
+        local,
+        in_specs=(P(AXIS), P(AXIS), rows, rows),
+        out_specs=rows,
+        axis_names={AXIS, *by_hand},
+        check_vma=False,
     )
+    copies = lambda a: _copies(a, stages)
     # Each stage is told its number: an axis index cannot be lowered where other axes are the compiler's.
-    return run(jnp.arange(stages), weights, x, extras)
+    outputs = run(jnp.arange(stages), weights, copies(x), jax.tree.map(copies, extras))
+    # Those of the last stage: the others are zero.
+    return jnp.sum(outputs, axis=0).reshape(x.shape)
 
 
-def _local(
-    stage, number, weights, x, extras, *, stages: int, num_microbatches: int, repeats: int, policy
-):
-    """What one stage does; `weights` are its layers, `x` and `extras` its share of the rows."""
+def _gathered(rows_over: tuple[str, ...], weight: jax.Array, names: tuple[str | None, ...]):
+    """The layers of a weight, whole along the axes of the rows and spread over the others as they were."""
+    over = [tuple(a for a in _rules.mesh_axes(n) if a not in rows_over) for n in names]
+    return jax.lax.with_sharding_constraint(weight, P(AXIS, *(axes or None for axes in over)))
+
+
+def _copies(x: jax.Array, stages: int) -> jax.Array:
+    """(b, ...), rows over stages and batch axes -> (stages, stages, b / stages, ...), all rows at each stage."""
+    parts = x.reshape(stages, x.shape[0] // stages, *x.shape[1:])
+    return jnp.broadcast_to(parts, (stages, *parts.shape))
+
+
+def _local(stage, number, weights, x, extras, *, stages, num_microbatches, repeats, policy):
+    """What one stage does: `weights` are its layers; `x` and `extras` (1, stages, b, ...) the rows."""
     me = number[0]
     rounds = _exchange(weights, me, stages, repeats)
     per_round = jax.tree.leaves(rounds)[0].shape[1]
     mine = num_microbatches // stages
-    inputs = _to_all(_split(x, mine), stages)
-    beside = jax.tree.map(lambda a: _to_all(_split(a, mine), stages), extras)
+    inputs = _split(x, mine)
+    beside = jax.tree.map(lambda a: _split(a, mine), extras)
     to_next = [(i, (i + 1) % stages) for i in range(stages)]
     group = stages * repeats  # work that a stage does on as many microbatches as there are stages
 
@@ -155,20 +183,8 @@ def _local(
     start = (jnp.zeros_like(inputs[0]), jnp.zeros_like(inputs))
     ticks = jnp.arange(num_microbatches * repeats + stages - 1)
     (_, outputs), _ = jax.lax.scan(tick, start, ticks)
-    # The last stage hands each one the rows that it had.
     outputs = outputs.reshape(stages, mine, *outputs.shape[1:])
-    outputs = jax.lax.all_to_all(outputs, AXIS, split_axis=0, concat_axis=0)[-1]
-    return jnp.moveaxis(outputs, 0, 1).reshape(x.shape)
-
-
-def _to_all(x: jax.Array, stages: int) -> jax.Array:
-    """(parts, ...) of each stage -> (stages * parts, ...) of all, on all: an all-gather.
-
-    As an all-to-all, whose derivative has no reduction in it: XLA:CPU dies of 16-bit ones in such a program.
-    """
-    copies = jnp.broadcast_to(x, (stages, *x.shape))
-    gathered = jax.lax.all_to_all(copies, AXIS, split_axis=0, concat_axis=0)
-    return gathered.reshape(stages * x.shape[0], *x.shape[1:])
+    return jnp.moveaxis(outputs, 1, 2).reshape(x.shape)
 
 
 def _keeps(policy, primitive, *operands, **options):
@@ -184,11 +200,17 @@ def _keeps(policy, primitive, *operands, **options):
 
 
 def _split(x: jax.Array, parts: int) -> jax.Array:
-    """(b, ...) -> (parts, b / parts, ...), every parts-th row in one part so that each spans all batch shards."""
-    b, *rest = x.shape
+    """(1, stages, b, ...) -> (stages * parts, b / parts, ...), in the layout that layers have.
+
+    Every parts-th row is in one part, so that each spans all batch shards.
+    """
+    _, stages, b, *rest = x.shape
     if b % parts:
         raise ValueError(f"{b} rows of a pipeline stage do not divide into {parts} microbatches")
-    return jnp.moveaxis(x.reshape(b // parts, parts, *rest), 1, 0)
+    split = jnp.moveaxis(x.reshape(stages, b // parts, parts, *rest), 2, 1)
+    split = split.reshape(stages * parts, b // parts, *rest)
+    names = ("batch", "residual_length", "act_embed") if len(rest) == 2 else ("batch", "length")
+    return _rules.shard(split, None, *names[: split.ndim - 1])
 
 
 def _exchange(weights: PyTree, me: jax.Array, stages: int, repeats: int) -> PyTree:

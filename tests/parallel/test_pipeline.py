@@ -131,20 +131,36 @@ def test_a_stage_has_its_layers_only_and_sends_activations_only():
     program = meshes.compiled(net, plain(), {"pipeline": 2})
     text = program.as_text()
     kinds = ("all-gather", "all-to-all", "reduce-scatter", "collective-permute", "all-reduce")
-    found = {kind: _largest(text, kind) for kind in kinds}
+    found = {kind: _elements(text, kind) for kind in kinds}
     activations = ROWS * tiny.LENGTH * 64  # of the whole batch
-    assert found["all-gather"] == found["reduce-scatter"] == 0
-    assert found["collective-permute"] == activations // 4, "one microbatch a tick"
-    assert 0 < found["all-to-all"] <= activations
+    # Each pass: all rows come to the stages and go back (a CPU reduces all of them and keeps its part).
+    assert found["all-gather"] == 2 * activations
+    assert found["collective-permute"] == 2 * activations // 4, "one microbatch a tick"
+    assert found["all-to-all"] == found["reduce-scatter"] == 0
     # The table (as input and as output), the positions and the last norm are on all stages: their gradients are
     # summed, those of the layers are not.
-    scalars = 2
-    assert found["all-reduce"] == (2 * tiny.VOCAB + tiny.LENGTH + 2) * 64 + scalars
+    shared, scalars = (2 * tiny.VOCAB + tiny.LENGTH + 2) * 64, 2
+    assert found["all-reduce"] == 2 * activations + shared + scalars
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(meshes.init(net)))
     layers = sum(leaf.nbytes for leaf in jax.tree.leaves(meshes.init(net)["stack"]))
     batch = sum(leaf.nbytes for leaf in plain().values())
     held = program.memory_analysis().argument_size_in_bytes
     assert held == whole - layers // 2 + batch // 2
+
+
+@pytest.mark.parametrize("once", [True, False])
+def test_weights_are_gathered_once_or_in_every_tick(once):
+    net = gpt(4, width=64, remat="SAVE_NOTHING")
+    pipeline = Pipeline(4, gather_once=once)
+    net = net.clone(stack=net.stack.clone(pipeline=pipeline))
+    text = meshes.compiled(net, plain(), {"pipeline": 2, "fsdp": 2}).as_text()
+    lines = re.findall(r"= .* all-gather(?:-start)?\(.*", text)
+    inside = [line for line in lines if "/while/body/" in line]
+    assert len(lines) > len(inside) and bool(inside) != once
+    params = meshes.init(net)
+    expected = meshes.loss_and_gradients(net, params, plain(), {"data": 1})
+    found = meshes.loss_and_gradients(net, params, plain(), {"pipeline": 2, "fsdp": 2})
+    meshes.assert_same(found, expected, 2e-6)
 
 
 @pytest.mark.parametrize("repeats", [1, 2])
@@ -233,11 +249,8 @@ def test_bubble():
     assert parallel.bubble(4, 8, 2) == pytest.approx(3 / 19)
 
 
-def _largest(text, kind):
-    """Elements that the largest collective of one kind in a program gives each device."""
+def _elements(text, kind):
+    """Elements that the collectives of one kind in a program give each device, those of a loop once."""
     results = re.findall(rf"= (.*) {kind}(?:-start)?\(", text)
-    shapes = [re.findall(r"[a-z]+\d*\[([\d,]*)\]", result) for result in results]
-    return max(
-        (sum(math.prod(map(int, filter(None, s.split(",")))) for s in one) for one in shapes),
-        default=0,
-    )
+    shapes = [dims for result in results for dims in re.findall(r"[a-z]+\d*\[([\d,]*)\]", result)]
+    return sum(math.prod(map(int, filter(None, dims.split(",")))) for dims in shapes)
