@@ -59,6 +59,9 @@ PLAN_TOKENS = absl_flags.DEFINE_float(
 PLAN_GPU_HOURS = absl_flags.DEFINE_float(
     "plan_gpu_hours", None, "plan: a budget of device hours: how many tokens that gives."
 )
+PLAN_PICTURE = absl_flags.DEFINE_string(
+    "plan_picture", None, "plan: file for a picture of which device holds what."
+)
 TFDS_DATA_DIR = absl_flags.DEFINE_string(
     "tfds_data_dir", None, "Folder of TFDS data sets (the knob TFDS_DATA_DIR)."
 )
@@ -121,12 +124,21 @@ def _refuse_flags_without_effect() -> None:
         "search_compiles": SEARCH_COMPILES.value is not None,
         "plan_tokens": PLAN_TOKENS.value is not None,
         "plan_gpu_hours": PLAN_GPU_HOURS.value is not None,
+        "plan_picture": PLAN_PICTURE.value is not None,
     }
     serves = {
         "train": (),
         "eval": ("checkpoint", "checkpoint_step", "follow"),
         "decode": ("checkpoint", "checkpoint_step", "prompt", "prompt_file"),
-        "plan": ("chip", "devices", "search", "search_compiles", "plan_tokens", "plan_gpu_hours"),
+        "plan": (
+            "chip",
+            "devices",
+            "search",
+            "search_compiles",
+            "plan_tokens",
+            "plan_gpu_hours",
+            "plan_picture",
+        ),
     }
     for name, is_given in given.items():
         if is_given and name not in serves[MODE.value]:
@@ -142,6 +154,8 @@ def _refuse_flags_without_effect() -> None:
         )
     if SEARCH_COMPILES.value is not None and not SEARCH.value:
         raise flags.UsageError("--search_compiles has no effect without --search")
+    if PLAN_PICTURE.value is not None and SEARCH.value:
+        raise flags.UsageError("--plan_picture shows one mesh: leave out --search")
     distributed = MULTIPROCESS.value or SERVER_ADDR.value is not None
     if distributed and MODE.value == "plan":
         raise flags.UsageError(
@@ -206,6 +220,7 @@ def _plan(argv: list[str], environ: dict[str, str], resolved) -> int:
         num_tokens=PLAN_TOKENS.value,
         gpu_hours=PLAN_GPU_HOURS.value,
         directory=JOB_LOG_DIR.value,
+        picture=PLAN_PICTURE.value,
         command=shlex.join(["python", "main.py", *argv[1:]]),
     )
     chip, num_devices = command.prepare(experiment, options, os.environ)

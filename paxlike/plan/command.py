@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from paxlike.log.progress import Progress
-from paxlike.plan import planner, report, target
+from paxlike.plan import picture, planner, report, target
 from paxlike.plan import search as searching
 from paxlike.plan.chips import Chip, find_chip
 
@@ -26,6 +26,7 @@ class Options:
       num_devices: chips; None: what the mesh says.
       num_tokens, gpu_hours: a budget, see `report.budget`.
       directory: folder for plan.json, None for none.
+      picture: file for the picture of who holds what, None for none.
       command: that was typed, to be kept.
     """
 
@@ -34,6 +35,7 @@ class Options:
     num_tokens: float | None = None
     gpu_hours: float | None = None
     directory: str | None = None
+    picture: str | None = None
     command: str = ""
 
 
@@ -66,6 +68,14 @@ def plan(experiment: Experiment, options: Options) -> int:
     chip = find_chip(options.chip)
     progress = Progress(None)
     program = planner.lower(experiment, chip, num_devices=options.num_devices)
+    if options.picture is not None:  # first: a mesh that it cannot show is refused
+        with planner.tracing(program.mesh, program.experiment, chip):
+            arrays = picture.arrays_of(
+                program.abstract, program.spec, program.mesh, experiment.compute_dtype
+            )
+        sizes = " x ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
+        picture.draw(arrays, program.mesh, f"{experiment.name}: {sizes}", Path(options.picture))
+        progress.write(f"who holds what: {options.picture}")
     with progress.busy(f"compiling the training step for {program.mesh.size} x {chip.name}"):
         made = program.compile()
     print(report.text(made, num_tokens=options.num_tokens, gpu_hours=options.gpu_hours))
