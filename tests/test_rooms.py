@@ -48,7 +48,7 @@ ONLY_IN = {
     "tokenizers": {"data"},
     "jinja2": {"data"},
     "tensorboardX": {"log"},
-    "matplotlib": {"log"},
+    "matplotlib": {"log", "plan"},
     "transformer_engine": {"ops"},
     "tensorflow": set(),
     "configs": set(),
