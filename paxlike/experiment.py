@@ -35,6 +35,7 @@ from paxlike.train import loop
 from paxlike.train.best import BestOptions
 from paxlike.train.optimizer import Optimizer
 from paxlike.train.ramp import Ramp
+from paxlike.train.recorder import RecorderOptions
 from paxlike.train.state import check_offload
 from paxlike.weights import import_params, is_foreign, open_folder
 
@@ -90,6 +91,7 @@ class Experiment:
       tokenizer: text <-> ids, None where there is no text.
       initial_weights: what a fresh run starts from, None for random weights.
       weights: how other programs name the weights (`paxlike.weights`), None where none has such a model.
+      recorder: which steps are recorded as loss spikes.
       sampling: options of decoding.
       chat: template that makes prompts conversations when decoding, None for plain texts.
     """
@@ -117,6 +119,7 @@ class Experiment:
     checkpoints: CheckpointOptions = CheckpointOptions()
     evaluation: EvalOptions = EvalOptions()
     best: BestOptions = BestOptions()
+    recorder: RecorderOptions = RecorderOptions()
     logging: LogOptions = LogOptions()
     sampling: Any = None
     chat: Any = None

@@ -31,6 +31,7 @@ from paxlike.log.run_log import RunLog
 from paxlike.train.best import Best
 from paxlike.train.optimizer import merge
 from paxlike.train.ramp import Feed
+from paxlike.train.recorder import Origin, Recorder
 from paxlike.train.state import StateFactory, TrainState, num_parameters, replicated
 from paxlike.train.step import TrainStep
 
@@ -77,7 +78,20 @@ class _Run:
         stop = stack.enter_context(TerminationSignal())
         state, start = self._restore_or_initialize(checkpointer)
         best = Best(self.directory, experiment.best, step=start)
-        checkpointer.protected = best.step
+        recorder = Recorder(
+            self.directory,
+            experiment.recorder,
+            config=experiment.name,
+            seed=experiment.seed,
+            data=experiment.train_data,
+            log=log,
+        )
+
+        def protect() -> None:
+            """Keeps the checkpoints of the best step and before recorded spikes."""
+            checkpointer.protected = frozenset(recorder.checkpoints | ({best.step} - {None}))
+
+        protect()
         if start >= experiment.num_steps or best.exhausted:
             mark_finished(self.directory, start)
             log.progress.write(
@@ -111,16 +125,18 @@ class _Run:
             log=log,
         )
         stack.callback(profiler.close)
-        waiting: deque[tuple[int, Mapping[str, Any], dict[str, Any]]] = deque()
+        waiting: deque[tuple[int, Mapping[str, Any], dict[str, Any], Origin]] = deque()
         skipped = int(state.skipped_steps)
 
         def settle(limit: int) -> None:
             """Logs finished steps until at most `limit` are in flight."""
             nonlocal skipped
             while len(waiting) > limit:
-                done, metrics, its = waiting.popleft()
+                done, metrics, its, origin = waiting.popleft()
                 metrics = jax.device_get(metrics)  # waits for this step, while later ones run
                 log.train(done, metrics, **its)
+                if recorder.look(done, metrics, origin, checkpointer.newest_before(done)):
+                    protect()
                 if int(metrics["skipped_steps"]) > skipped:
                     skipped = int(metrics["skipped_steps"])
                     norm = float(metrics["grad_norm"])
@@ -138,7 +154,7 @@ class _Run:
                     step_function, flops = self._compile(rows), self._flops(rows)
                 log.progress.write(f"from step {done:,} on a batch has {rows:,} rows")
                 log.event("batch_size", step=done, rows=rows)
-            waited = batches.waited_seconds
+            waited, first_row = batches.waited_seconds, batches.rows
             batch = next(batches)
             profiler.before_step(done)
             state, metrics = step_function(state, batch)
@@ -148,7 +164,7 @@ class _Run:
                 "tokens": math.prod(batch["tokens"].shape),
                 "flops": flops,
             }
-            waiting.append((done, metrics, about))
+            waiting.append((done, metrics, about, Origin(first_row, batch)))
             settle(_max_in_flight())
             last, better, enough = done == experiment.num_steps, False, False
             if experiment.evaluation.due(done, experiment.num_steps):
@@ -157,7 +173,8 @@ class _Run:
                     results = self._evaluate(evaluators, state, done)
                 if experiment.best.metric is not None:
                     better = best.add(done, results)
-                    checkpointer.protected, enough = best.step, best.exhausted and not last
+                    protect()
+                    enough = best.exhausted and not last
                     best.write()
             stopping = stop.agreed(done)
             if stopping or last or better or enough or checkpointer.due(done):
