@@ -1,9 +1,9 @@
 """Runs an experiment.
 
-    python main.py --fdl_config=configs.gpt.Quickstart --job_log_dir=DIR [--mode=train|eval|decode|plan]
+    python main.py --fdl_config=configs.gpt.Quickstart --job_log_dir=DIR [--mode=train|eval|decode|plan|replay]
 
-Flags become a config, the config an Experiment, and that trains, evaluates, decodes, or is planned for hardware that is
-not here. `--fdl_help` explains a config.
+Flags become a config, the config an Experiment, and that trains, evaluates, decodes, takes a recorded step again, or is
+planned for hardware that is not here. `--fdl_help` explains a config.
 """
 
 import os
@@ -21,7 +21,9 @@ from configs import flags
 JOB_LOG_DIR = absl_flags.DEFINE_string(
     "job_log_dir", None, "Folder for everything that the run writes."
 )
-MODE = absl_flags.DEFINE_enum("mode", "train", ["train", "eval", "decode", "plan"], "What to do.")
+MODE = absl_flags.DEFINE_enum(
+    "mode", "train", ["train", "eval", "decode", "plan", "replay"], "What to do."
+)
 EVAL_ON_TEST = absl_flags.DEFINE_boolean(
     "eval_on_test", None, "train: evaluate the held-out sets while training."
 )
@@ -39,6 +41,9 @@ CHECKPOINT = absl_flags.DEFINE_string(
 PROMPT = absl_flags.DEFINE_multi_string("prompt", [], "decode: a prompt; may be repeated.")
 PROMPT_FILE = absl_flags.DEFINE_string(
     "prompt_file", None, "decode: prompts, .txt (one a line) or .jsonl."
+)
+REPLAY_STEP = absl_flags.DEFINE_integer(
+    "replay_step", None, "replay: the step to look at, the newest recorded spike by default."
 )
 CHIP = absl_flags.DEFINE_string(
     "chip", None, "plan: h100 (the default), a100, v5p, v5e, v6e, or cpu: virtual devices."
@@ -114,6 +119,7 @@ def _refuse_flags_without_effect() -> None:
         "follow": FOLLOW.value,
         "prompt": bool(PROMPT.value),
         "prompt_file": PROMPT_FILE.value is not None,
+        "replay_step": REPLAY_STEP.value is not None,
         "chip": CHIP.value is not None,
         "devices": DEVICES.value is not None,
         "search": SEARCH.value,
@@ -125,6 +131,7 @@ def _refuse_flags_without_effect() -> None:
         "train": (),
         "eval": ("checkpoint", "checkpoint_step", "follow"),
         "decode": ("checkpoint", "checkpoint_step", "prompt", "prompt_file"),
+        "replay": ("replay_step",),
         "plan": ("chip", "devices", "search", "search_compiles", "plan_tokens", "plan_gpu_hours"),
     }
     for name, is_given in given.items():
@@ -171,6 +178,8 @@ def _run(resolved) -> int:
     experiment = _build(resolved)
     if MODE.value == "train":
         return experiment.train(JOB_LOG_DIR.value, config=resolved.json, config_text=resolved.text)
+    if MODE.value == "replay":
+        return experiment.replay(JOB_LOG_DIR.value, step=REPLAY_STEP.value)
     source = {"checkpoint": CHECKPOINT.value or JOB_LOG_DIR.value, "step": CHECKPOINT_STEP.value}
     if MODE.value == "eval":
         return experiment.evaluate(JOB_LOG_DIR.value, follow=FOLLOW.value, **source)

@@ -31,7 +31,7 @@ from paxlike.evaluate import EvalOptions
 from paxlike.layers import lora
 from paxlike.log.progress import Progress
 from paxlike.log.run_log import RunLog
-from paxlike.train import loop
+from paxlike.train import loop, replay
 from paxlike.train.best import BestOptions
 from paxlike.train.optimizer import Optimizer
 from paxlike.train.ramp import Ramp
@@ -311,6 +311,12 @@ class Experiment:
         return loop.train(
             self.on_these_devices(), job_log_dir, config=config, config_text=config_text
         )
+
+    def replay(self, job_log_dir: str, *, step: int | None = None) -> int:
+        """Takes a step of the run in `job_log_dir` again with every module watched; see `train.replay`."""
+        if self.train_data is None:
+            raise ValueError(f"{self.name} has no training data: there is no step to replay")
+        return replay.replay(self.on_these_devices(), job_log_dir, step=step)
 
     def evaluate(
         self,

@@ -226,27 +226,25 @@ class _Run:
         )
         there = checkpointer.latest_step() is not None
         with log.busy("reading the newest checkpoint") if there else contextlib.nullcontext():
-            restored = checkpointer.restore(self._saved(self.abstract))
+            restored = checkpointer.restore(saved_part(experiment, self.abstract))
         if restored is not None:
-            self.first_row = self._data_position(restored.data)
+            self.first_row = data_position(experiment, self.directory, restored.data)
             self._write_config()
             log.resumed(restored.step)
             log.progress.write(f"going on from the checkpoint of step {restored.step:,}")
-            state = restored.state
-            if self.saves_trained_only:
-                with log.busy(f"reading frozen weights from {experiment.initial_weights.path}"):
-                    whole = experiment.read_initial_params(
-                        self.abstract.params, self.abstract.params
-                    )
-                state = state.replace(params=merge(state.params, whole))
-            return state, restored.step
+            if not saves_trained_only(experiment):
+                return restored.state, restored.step
+            with log.busy(f"reading frozen weights from {experiment.initial_weights.path}"):
+                return with_frozen(experiment, self.abstract, restored.state), restored.step
         experiment.check_initial_weights()  # before anything is allocated
         self._write_config()
         with log.busy("initialising the parameters"):
             state = jax.block_until_ready(self.factory.initialize(experiment.seed))
         if experiment.initial_weights is not None:
             weights, select = experiment.initial_weights, experiment.optimizer.select
-            if self.saves_trained_only:  # the random values of frozen weights only take memory
+            if saves_trained_only(
+                experiment
+            ):  # the random values of frozen weights only take memory
                 state = state.replace(params=merge(select(state.params), self.abstract.params))
             with log.busy(f"reading weights from {weights.path}"):
                 params = experiment.read_initial_params(self.abstract.params, state.params)
@@ -254,39 +252,12 @@ class _Run:
             state = state.replace(params=params, ema=ema)
         return state, 0
 
-    @property
-    def saves_trained_only(self) -> bool:
-        """Whether frozen weights stay where they were read, and checkpoints hold the trained part alone."""
-        return (
-            self.experiment.optimizer.trainable is not None
-            and self.experiment.initial_weights is not None
-        )
-
-    def _saved(self, state: TrainState) -> TrainState:
-        """What of the state, or of its abstract form, is in a checkpoint."""
-        if not self.saves_trained_only:
-            return state
-        return state.replace(params=self.experiment.optimizer.select(state.params))
-
     def _write_config(self) -> None:
         """The resolved config, to read and to reload; only once this start is known to fit what is there."""
         if jax.process_index() == 0:
             (self.directory / "config.json").write_text(self.config)
             (self.directory / "config.txt").write_text(self.config_text)
         self.log.text("config", self.config_text)
-
-    def _data_position(self, saved: Mapping[str, Any]) -> int:
-        """Number of the row to go on with; ValueError where the data is not what the checkpoint was made with."""
-        here = self.experiment.train_data.fingerprint()
-        changed = [name for name in here if here[name] != saved["fingerprint"].get(name)]
-        if changed:
-            name = changed[0]
-            raise ValueError(
-                f"the training data is not that of the checkpoint in {self.directory}: {name} was "
-                f"{saved['fingerprint'].get(name)} and is {here[name]}; go on with the same data, or start another "
-                f"job_log_dir from these weights with CHECKPOINT_RESTORE_PATH={self.directory}"
-            )
-        return saved["rows"]
 
     def _spec(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
         return batch_spec(self.experiment.train_data.spec(rows), self.mesh)
@@ -323,7 +294,7 @@ class _Run:
         }
         saved = checkpointer.save(
             done,
-            self._saved(state),
+            saved_part(self.experiment, state),
             data=data,
             config=self.config,
             config_text=self.config_text,
@@ -336,6 +307,40 @@ class _Run:
                 step=done,
                 stall_seconds=round(checkpointer.last_stall_seconds, 4),
             )
+
+
+def saves_trained_only(experiment: Experiment) -> bool:
+    """Whether frozen weights stay where they were read, and checkpoints hold the trained part alone."""
+    return experiment.optimizer.trainable is not None and experiment.initial_weights is not None
+
+
+def saved_part(experiment: Experiment, state: TrainState) -> TrainState:
+    """What of the state, or of its abstract form, is in a checkpoint."""
+    if not saves_trained_only(experiment):
+        return state
+    return state.replace(params=experiment.optimizer.select(state.params))
+
+
+def with_frozen(experiment: Experiment, abstract: TrainState, state: TrainState) -> TrainState:
+    """The state of a checkpoint with the frozen weights that it does not hold."""
+    if not saves_trained_only(experiment):
+        return state
+    whole = experiment.read_initial_params(abstract.params, abstract.params)
+    return state.replace(params=merge(state.params, whole))
+
+
+def data_position(experiment: Experiment, directory: Path, saved: Mapping[str, Any]) -> int:
+    """Number of the row to go on with; ValueError where the data is not what the checkpoint was made with."""
+    here = experiment.train_data.fingerprint()
+    changed = [name for name in here if here[name] != saved["fingerprint"].get(name)]
+    if changed:
+        name = changed[0]
+        raise ValueError(
+            f"the training data is not that of the checkpoint in {directory}: {name} was "
+            f"{saved['fingerprint'].get(name)} and is {here[name]}; go on with the same data, or start another "
+            f"job_log_dir from these weights with CHECKPOINT_RESTORE_PATH={directory}"
+        )
+    return saved["rows"]
 
 
 def state_factory(
@@ -356,19 +361,22 @@ def state_factory(
 def jit_step(experiment: Experiment, factory: StateFactory):
     """The training step, jitted: `lower(abstract, spec)` is the one program that runs train and that plans compile."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, factory.abstract())
-    step = TrainStep.of(
-        factory,
-        experiment.task,
-        num_microbatches=experiment.num_accumulated,
-        seed=experiment.seed,
-        accumulation_dtype=experiment.accumulation_dtype,
-    )
+    step = TrainStep.of(factory, experiment.task, **step_options(experiment))
 
     def train_step(state, batch):  # its name is that of the program in profiles and dumps
         return step(state, batch)
 
     place = (shardings, replicated(factory.mesh))
     return jax.jit(train_step, donate_argnums=0, out_shardings=place)
+
+
+def step_options(experiment: Experiment) -> dict[str, Any]:
+    """Those of `TrainStep.of`."""
+    return {
+        "num_microbatches": experiment.num_accumulated,
+        "seed": experiment.seed,
+        "accumulation_dtype": experiment.accumulation_dtype,
+    }
 
 
 def model_flops(experiment: Experiment, abstract: TrainState, spec: Mapping[str, Any]) -> int:

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 
-import fiddle as fdl
 import jax
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from paxlike.log.history import read_history
 from paxlike.log.metric import Metric
 from paxlike.log.run_log import RunLog
 from paxlike.train.recorder import Origin, Recorder, RecorderOptions, Watch
-from tests.configs.test_gpt import shrink
+from tests.train.odd_run import experiment
 
 
 def fired(losses, norms=None, **options):
@@ -80,66 +79,6 @@ def test_what_cannot_work_is_refused(options, message):
     with pytest.raises(ValueError, match=message) as error:
         RecorderOptions(**options)
     assert "\n" not in str(error.value)
-
-
-@dataclasses.dataclass(frozen=True)
-class Odd:
-    """Rows of a counting sequence; the batch of one step (from 1) is random tokens instead."""
-
-    step: int
-    rows_of_step: int = 4
-
-    def check(self, **_):
-        pass
-
-    def rows(self, *, seq_len, **_):
-        from paxlike.data.packing import Batch
-
-        outer = self
-
-        class Rows:
-            def __len__(self):
-                return 4096
-
-            def gather(self, rows) -> Batch:
-                rng = np.random.default_rng(7)
-                odd = (np.asarray(rows) // outer.rows_of_step == outer.step - 1)[:, None]
-                line = (np.asarray(rows)[:, None] + np.arange(seq_len + 1)) % 16
-                ids = np.where(odd, rng.integers(16, 64, line.shape), line).astype(np.int32)
-                ones = np.ones((len(rows), seq_len), np.float32)
-                return {"tokens": ids[:, :-1], "targets": ids[:, 1:], "weights": ones}
-
-            def in_sequence(self, rows):
-                return rows
-
-            def digest(self):
-                return f"odd {outer.step}"
-
-        return Rows()
-
-    def fingerprint(self):
-        return {"odd": self.step}
-
-
-def experiment(step, **changes):
-    """A tiny run whose batch of `step` is odd."""
-    from paxlike.data.loader import Loader
-
-    knobs = {
-        "MAX_SEQ_LEN": 16,
-        "ICI_MESH_SHAPE": (4, 1, 1),
-        "MAX_STEPS": 24,
-        "LEARNING_RATE": 1e-2,
-        "LR_COS_WARMUP": 1,
-        "SPIKE_WINDOW": 8,
-        "SPIKE_SIGMAS": 4.0,
-        "CHECKPOINT_EVERY_N_STEPS": 4,
-        "CHECKPOINT_MAX_TO_KEEP": 1,
-    }
-    tree = shrink("Synthetic126M", **knobs | changes).experiment()
-    tree.train_data = fdl.Config(Loader, source=Odd(step), seq_len=16, shuffle=False)
-    tree.train_data.packing = "concatenated"
-    return fdl.build(tree)
 
 
 def test_an_odd_batch_is_recorded(tmp_path, capfd):
