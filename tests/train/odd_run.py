@@ -1,9 +1,12 @@
-"""A tiny run with one odd batch in an otherwise easy sequence."""
+"""A tiny run on one device, with one odd batch in an otherwise easy sequence."""
 
+import contextlib
 import dataclasses
 
 import fiddle as fdl
+import jax
 import numpy as np
+import pytest
 
 from paxlike.data.loader import Loader
 from paxlike.data.packing import Batch
@@ -47,11 +50,23 @@ class Odd:
         return {"odd": self.step}
 
 
+@contextlib.contextmanager
+def one_device():
+    """As on a machine with one: its programs are small, and kept from one test run to the next."""
+    device = jax.devices()[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *_: [device])
+        patch.setattr(jax, "device_count", lambda *_: 1)
+        patch.setattr(jax, "local_device_count", lambda *_: 1)
+        yield
+
+
 def experiment(step, **changes):
     """A tiny run whose batch of `step` is odd."""
     knobs = {
         "MAX_SEQ_LEN": 16,
-        "ICI_MESH_SHAPE": (4, 1, 1),
+        "ICI_MESH_SHAPE": (1, 1, 1),
+        "PERCORE_BATCH_SIZE": 4,
         "MAX_STEPS": 24,
         "LEARNING_RATE": 1e-2,
         "LR_COS_WARMUP": 1,

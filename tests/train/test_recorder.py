@@ -11,7 +11,7 @@ from paxlike.log.history import read_history
 from paxlike.log.metric import Metric
 from paxlike.log.run_log import RunLog
 from paxlike.train.recorder import Origin, Recorder, RecorderOptions, Watch
-from tests.train.odd_run import experiment
+from tests.train.odd_run import experiment, one_device
 
 
 def fired(losses, norms=None, **options):
@@ -83,7 +83,8 @@ def test_what_cannot_work_is_refused(options, message):
 
 def test_an_odd_batch_is_recorded(tmp_path, capfd):
     run = experiment(18)
-    assert run.train(str(tmp_path)) == 0
+    with one_device():
+        assert run.train(str(tmp_path)) == 0
     (place,) = (tmp_path / "spikes").iterdir()
     assert place.name == "step_00000018"
     spike = json.loads((place / "spike.json").read_text())
@@ -110,7 +111,8 @@ def test_an_odd_batch_is_recorded(tmp_path, capfd):
     assert steps == [16, 24]
     # A later start keeps it too.
     longer = dataclasses.replace(run, num_steps=32)
-    assert longer.train(str(tmp_path)) == 0
+    with one_device():
+        assert longer.train(str(tmp_path)) == 0
     steps = sorted(int(p.name[-8:]) for p in (tmp_path / "checkpoints").glob("checkpoint_*"))
     assert steps == [16, 32]
 

@@ -10,7 +10,13 @@ import pytest
 from paxlike import parallel
 from paxlike.checkpoint import Checkpointer
 from paxlike.train import loop
-from tests.train.odd_run import experiment
+from tests.train.odd_run import experiment, one_device
+
+
+@pytest.fixture
+def alone():
+    with one_device():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +24,8 @@ def odd(tmp_path_factory):
     """A run with an odd batch at step 18."""
     directory = tmp_path_factory.mktemp("odd")
     run = experiment(18, MAX_STEPS=20)
-    assert run.train(str(directory)) == 0
+    with one_device():
+        assert run.train(str(directory)) == 0
     return directory, run
 
 
@@ -31,7 +38,7 @@ def files(directory):
     }
 
 
-def test_an_odd_batch_is_replayed_to_the_bit(odd, capsys):
+def test_an_odd_batch_is_replayed_to_the_bit(odd, alone, capsys):
     directory, run = odd
     before = files(directory)
     assert run.replay(str(directory)) == 0
@@ -47,7 +54,7 @@ def test_an_odd_batch_is_replayed_to_the_bit(odd, capsys):
     assert ", the loss that was recorded" in out
 
 
-def test_what_is_measured_is_what_the_model_gives(odd):
+def test_what_is_measured_is_what_the_model_gives(odd, alone):
     directory, run = odd
     # From the checkpoint of step 16, whose parameters are those of the step.
     run.replay(str(directory), step=17)
@@ -117,11 +124,11 @@ def plant(run, directory, module, size):
     return run
 
 
-def test_an_overflow_is_recorded_and_its_module_named(tmp_path, capsys):
+def test_an_overflow_is_recorded_and_its_module_named(tmp_path, alone, capsys):
     # With layers unrolled, some of them computed again, and the batch in two parts.
     parts = {"NUM_MICROBATCHES": 2, "CHECKPOINT_LAYERS": "first:1", "MAX_STEPS": 6}
     unrolled = {"USE_REPEATED_LAYER": False, "CHECKPOINT_POLICY": "SAVE_NOTHING", **parts}
-    run = experiment(0, ICI_MESH_SHAPE=(1, 2, 2), **unrolled)
+    run = experiment(0, **unrolled)
     plant(run, tmp_path, "ffn/ffn1", 3e38)
     assert run.train(str(tmp_path)) == 0
     spike = json.loads((tmp_path / "spikes" / "step_00000006" / "spike.json").read_text())
@@ -151,7 +158,7 @@ def test_an_outlier_is_named_where_the_run_has_a_pipeline(tmp_path, capsys):
     )
 
 
-def test_what_cannot_be_replayed_ends_in_one_line(odd, tmp_path):
+def test_what_cannot_be_replayed_ends_in_one_line(odd, alone, tmp_path):
     directory, run = odd
 
     def refused(message, run=run, directory=directory, **options):
@@ -165,7 +172,7 @@ def test_what_cannot_be_replayed_ends_in_one_line(odd, tmp_path):
     refused("--replay_step=0 must be at least 1", step=0)
     refused("step 3 cannot be replayed: .* has no checkpoint of an earlier step", step=3)
     refused("recorded with SEED=1234, and here it is 5", dataclasses.replace(run, seed=5))
-    bigger = dataclasses.replace(run, percore_batch_size=2)
+    bigger = dataclasses.replace(run, percore_batch_size=8)
     refused("recorded with 4 rows from row 68 on, and here it would have 8 from row 72 on", bigger)
     refused("the training data is not that of the checkpoint", experiment(17, MAX_STEPS=20))
     changed = experiment(18, MAX_STEPS=20, NUM_LAYERS=1)
