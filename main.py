@@ -106,6 +106,8 @@ def main(argv: list[str]) -> int:
     resolved = flags.resolve(request, environ)
     for notice in resolved.notices:
         print(f"note: {notice}", file=sys.stderr)
+    if getattr(resolved.tree, "deterministic", False):
+        _make_deterministic()
     if MODE.value == "plan":
         return _plan(argv, environ, resolved)
     return _run(resolved)
@@ -220,6 +222,17 @@ def _plan(argv: list[str], environ: dict[str, str], resolved) -> int:
         policy = resolved.knobs.get("CHECKPOINT_POLICY")
         return command.search(experiment, change, options, policy=policy, max_compiles=limit)
     return command.plan(experiment, options)
+
+
+def _make_deterministic() -> None:
+    """The flags of XLA, which it reads when jax starts its devices."""
+    from paxlike import compat, xla_flags
+
+    if not xla_flags.is_deterministic(os.environ) and compat.has_started():
+        raise flags.UsageError(
+            f"DETERMINISTIC=True comes too late: jax has started already without {xla_flags.DETERMINISTIC}"
+        )
+    xla_flags.make_deterministic(os.environ)
 
 
 def _set_up_jax() -> None:

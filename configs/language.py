@@ -328,6 +328,9 @@ class RunKnobs(Knobs):
     CHECKPOINT_IGNORE_RULES: Annotated[
         tuple[str, ...], "regexes of parameters not to take from there"
     ] = ()
+    DETERMINISTIC: Annotated[
+        bool, "the same run gives the same bits on GPUs too, where that takes slower kernels"
+    ] = False
     SPIKE_SIGMAS: Annotated[
         float, "standard deviations above the median that make a loss a spike, 0: only non-finite"
     ] = 8.0
@@ -396,6 +399,7 @@ class LanguageModelKnobs(
             num_microbatches=self.microbatches(),
             accumulation_dtype=self.GRADIENT_ACCUMULATION_DTYPE,
             seed=self.SEED,
+            deterministic=self.DETERMINISTIC,
             compute_dtype=self.FPROP_DTYPE,
             train_data=self.train_data(),
             eval_data={name: self.eval_data(name) for name in self.EVAL_SETS},

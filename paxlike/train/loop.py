@@ -218,11 +218,13 @@ class _Run:
             tokens_per_step=self.tokens_per_step,
             num_parameters=count,
             num_trained_parameters=trained,
+            deterministic=experiment.deterministic,
         )
         log.progress.write(
             f"{experiment.name}: {count:,} parameters{part}, mesh {dict(self.mesh.shape)} on {jax.device_count()} x "
             f"{jax.devices()[0].device_kind} in {jax.process_count()} process(es), "
             f"{self.global_batch:,} rows = {self.tokens_per_step:,} tokens a step"
+            + (", deterministic" if experiment.deterministic else "")
         )
         there = checkpointer.latest_step() is not None
         with log.busy("reading the newest checkpoint") if there else contextlib.nullcontext():
