@@ -1,9 +1,9 @@
 """Runs an experiment.
 
-    python main.py --fdl_config=configs.gpt.Quickstart --job_log_dir=DIR [--mode=train|eval|decode|plan]
+    python main.py --fdl_config=configs.gpt.Quickstart --job_log_dir=DIR [--mode=train|eval|decode|plan|replay]
 
-Flags become a config, the config an Experiment, and that trains, evaluates, decodes, or is planned for hardware that is
-not here. `--fdl_help` explains a config.
+Flags become a config, the config an Experiment, and that trains, evaluates, decodes, takes a recorded step again, or is
+planned for hardware that is not here. `--fdl_help` explains a config.
 """
 
 import os
@@ -22,7 +22,9 @@ from configs import flags
 JOB_LOG_DIR = absl_flags.DEFINE_string(
     "job_log_dir", None, "Folder for everything that the run writes."
 )
-MODE = absl_flags.DEFINE_enum("mode", "train", ["train", "eval", "decode", "plan"], "What to do.")
+MODE = absl_flags.DEFINE_enum(
+    "mode", "train", ["train", "eval", "decode", "plan", "replay"], "What to do."
+)
 EVAL_ON_TEST = absl_flags.DEFINE_boolean(
     "eval_on_test", None, "train: evaluate the held-out sets while training."
 )
@@ -40,6 +42,9 @@ CHECKPOINT = absl_flags.DEFINE_string(
 PROMPT = absl_flags.DEFINE_multi_string("prompt", [], "decode: a prompt; may be repeated.")
 PROMPT_FILE = absl_flags.DEFINE_string(
     "prompt_file", None, "decode: prompts, .txt (one a line) or .jsonl."
+)
+REPLAY_STEP = absl_flags.DEFINE_integer(
+    "replay_step", None, "replay: the step to look at, the newest recorded spike by default."
 )
 CHIP = absl_flags.DEFINE_string(
     "chip", None, "plan: h100 (the default), a100, v5p, v5e, v6e, or cpu: virtual devices."
@@ -105,6 +110,8 @@ def main(argv: list[str]) -> int:
     resolved = flags.resolve(request, environ)
     for notice in resolved.notices:
         print(f"note: {notice}", file=sys.stderr)
+    if getattr(resolved.tree, "deterministic", False):
+        _make_deterministic()
     if MODE.value == "plan":
         return _plan(argv, environ, resolved)
     return _run(resolved)
@@ -118,6 +125,7 @@ def _refuse_flags_without_effect() -> None:
         "follow": FOLLOW.value,
         "prompt": bool(PROMPT.value),
         "prompt_file": PROMPT_FILE.value is not None,
+        "replay_step": REPLAY_STEP.value is not None,
         "chip": CHIP.value is not None,
         "devices": DEVICES.value is not None,
         "search": SEARCH.value,
@@ -130,6 +138,7 @@ def _refuse_flags_without_effect() -> None:
         "train": (),
         "eval": ("checkpoint", "checkpoint_step", "follow"),
         "decode": ("checkpoint", "checkpoint_step", "prompt", "prompt_file"),
+        "replay": ("replay_step",),
         "plan": (
             "chip",
             "devices",
@@ -190,6 +199,8 @@ def _run(resolved) -> int:
     experiment = _build(resolved)
     if MODE.value == "train":
         return experiment.train(JOB_LOG_DIR.value, config=resolved.json, config_text=resolved.text)
+    if MODE.value == "replay":
+        return experiment.replay(JOB_LOG_DIR.value, step=REPLAY_STEP.value)
     source = {"checkpoint": CHECKPOINT.value or JOB_LOG_DIR.value, "step": CHECKPOINT_STEP.value}
     if MODE.value == "eval":
         return experiment.evaluate(JOB_LOG_DIR.value, follow=FOLLOW.value, **source)
@@ -231,6 +242,17 @@ def _plan(argv: list[str], environ: dict[str, str], resolved) -> int:
         policy = resolved.knobs.get("CHECKPOINT_POLICY")
         return command.search(experiment, change, options, policy=policy, max_compiles=limit)
     return command.plan(experiment, options)
+
+
+def _make_deterministic() -> None:
+    """The flags of XLA, which it reads when jax starts its devices."""
+    from paxlike import compat, xla_flags
+
+    if not xla_flags.is_deterministic(os.environ) and compat.has_started():
+        raise flags.UsageError(
+            f"DETERMINISTIC=True comes too late: jax has started already without {xla_flags.DETERMINISTIC}"
+        )
+    xla_flags.make_deterministic(os.environ)
 
 
 def _set_up_jax() -> None:

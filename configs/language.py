@@ -23,6 +23,7 @@ from paxlike.tasks.language import CausalLanguage
 from paxlike.train.best import BestOptions
 from paxlike.train.optimizer import Adafactor, Lion, Muon, Optimizer, Schedule, Sgd
 from paxlike.train.ramp import Ramp
+from paxlike.train.recorder import RecorderOptions
 
 NORMS_AND_BIASES = r"(scale|bias)$"
 
@@ -331,6 +332,14 @@ class RunKnobs(Knobs):
     CHECKPOINT_IGNORE_RULES: Annotated[
         tuple[str, ...], "regexes of parameters not to take from there"
     ] = ()
+    DETERMINISTIC: Annotated[
+        bool, "the same run gives the same bits on GPUs too, where that takes slower kernels"
+    ] = False
+    SPIKE_SIGMAS: Annotated[
+        float, "standard deviations above the median that make a loss a spike, 0: only non-finite"
+    ] = 8.0
+    SPIKE_WINDOW: Annotated[int, "steps that a loss is compared with"] = 100
+    SPIKE_MAX: Annotated[int, "spikes of a run that are recorded in spikes/, 0: none"] = 10
     SUMMARY_INTERVAL_STEPS: Annotated[int, "steps between log lines"] = 100
     PROFILER_CAPTURE_STEP: Annotated[int | None, "first step of a profiler trace"] = None
     PROFILER_NUM_STEPS: Annotated[int, "steps in the trace"] = 2
@@ -394,6 +403,7 @@ class LanguageModelKnobs(
             num_microbatches=self.microbatches(),
             accumulation_dtype=self.GRADIENT_ACCUMULATION_DTYPE,
             seed=self.SEED,
+            deterministic=self.DETERMINISTIC,
             compute_dtype=self.FPROP_DTYPE,
             train_data=self.train_data(),
             eval_data={name: self.eval_data(name) for name in self.EVAL_SETS},
@@ -420,6 +430,12 @@ class LanguageModelKnobs(
                 metric=self.BEST_METRIC,
                 mode=self.BEST_MODE,
                 patience=self.EARLY_STOPPING_PATIENCE,
+            ),
+            recorder=fdl.Config(
+                RecorderOptions,
+                sigmas=self.SPIKE_SIGMAS,
+                window=self.SPIKE_WINDOW,
+                max_recordings=self.SPIKE_MAX,
             ),
             logging=fdl.Config(
                 LogOptions,

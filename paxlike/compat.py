@@ -15,12 +15,18 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax._src import compiler as _compiler
+from jax._src import xla_bridge
 from jax.sharding import AxisType, Mesh
 
 
 def auto_mesh(devices: np.ndarray, axes: tuple[str, ...]) -> Mesh:
     """A mesh whose axes are all `Auto`: the compiler propagates shardings (jax's own default is `Explicit`)."""
     return Mesh(devices, axes, axis_types=(AxisType.Auto,) * len(axes))
+
+
+def has_started() -> bool:
+    """Whether jax has made its devices: XLA_FLAGS that come later have no effect."""
+    return xla_bridge.backends_are_initialized()
 
 
 def set_mesh(mesh: Mesh) -> contextlib.AbstractContextManager:

@@ -6,6 +6,7 @@ A config expands to a Fiddle tree of this class; `main.py` builds it and calls `
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from paxlike import decode, evaluate, parallel
+from paxlike import decode, evaluate, parallel, xla_flags
 from paxlike.checkpoint import (
     CheckpointOptions,
     Use,
@@ -31,10 +32,11 @@ from paxlike.evaluate import EvalOptions
 from paxlike.layers import lora
 from paxlike.log.progress import Progress
 from paxlike.log.run_log import RunLog
-from paxlike.train import loop
+from paxlike.train import loop, replay
 from paxlike.train.best import BestOptions
 from paxlike.train.optimizer import Optimizer
 from paxlike.train.ramp import Ramp
+from paxlike.train.recorder import RecorderOptions
 from paxlike.train.state import check_offload
 from paxlike.weights import import_params, is_foreign, open_folder
 
@@ -88,8 +90,10 @@ class Experiment:
         accumulated, in `accumulation_dtype`.
       train_data, eval_data: loaders; the held-out ones by name.
       tokenizer: text <-> ids, None where there is no text.
+      deterministic: on GPUs too, the same run gives the same bits (see `paxlike.xla_flags`).
       initial_weights: what a fresh run starts from, None for random weights.
       weights: how other programs name the weights (`paxlike.weights`), None where none has such a model.
+      recorder: which steps are recorded as loss spikes.
       sampling: options of decoding.
       chat: template that makes prompts conversations when decoding, None for plain texts.
     """
@@ -111,12 +115,14 @@ class Experiment:
     num_microbatches: int = 1
     accumulation_dtype: str = "float32"
     seed: int = 1234
+    deterministic: bool = False
     compute_dtype: str = "float32"
     initial_weights: InitialWeights | None = None
     weights: Any = None
     checkpoints: CheckpointOptions = CheckpointOptions()
     evaluation: EvalOptions = EvalOptions()
     best: BestOptions = BestOptions()
+    recorder: RecorderOptions = RecorderOptions()
     logging: LogOptions = LogOptions()
     sampling: Any = None
     chat: Any = None
@@ -179,6 +185,11 @@ class Experiment:
 
     def on_these_devices(self) -> Experiment:
         """This experiment with a mesh that says how many devices it takes (-1 replaced), checked."""
+        on_gpu = self.deterministic and jax.default_backend() == "gpu"
+        if on_gpu and not xla_flags.is_deterministic(os.environ):
+            raise ValueError(
+                f"DETERMINISTIC=True needs XLA_FLAGS={xla_flags.DETERMINISTIC} before jax starts; main.py sets it"
+            )
         return self.on_devices(jax.device_count())
 
     def on_devices(self, num_devices: int) -> Experiment:
@@ -308,6 +319,12 @@ class Experiment:
         return loop.train(
             self.on_these_devices(), job_log_dir, config=config, config_text=config_text
         )
+
+    def replay(self, job_log_dir: str, *, step: int | None = None) -> int:
+        """Takes a step of the run in `job_log_dir` again with every module watched; see `train.replay`."""
+        if self.train_data is None:
+            raise ValueError(f"{self.name} has no training data: there is no step to replay")
+        return replay.replay(self.on_these_devices(), job_log_dir, step=step)
 
     def evaluate(
         self,

@@ -18,13 +18,51 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
+# XLA:GPU then takes no kernel whose sums depend on timing (atomic adds of scatters, backward passes of cuDNN), and none
+# because it was measured to be the fastest, which may be another one another day. It does what the other two flags
+# below do (openxla/xla, pull request 12520).
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+_TRUE = ("", "true", "1")  # "": a bare flag
+_DETERMINISTIC_VALUES = {
+    "--xla_gpu_deterministic_ops": _TRUE,
+    "--xla_gpu_exclude_nondeterministic_ops": _TRUE,
+    "--xla_gpu_autotune_level": ("0",),
+}
 _UNKNOWN = re.compile(r"Unknown flags? in XLA_FLAGS: (.*)")
 _UNREADABLE = re.compile(r"\] ((?:Couldn't interpret value|Illegal value|Could not open file).*)")
 _NAME = re.compile(
     rb"xla_[a-z0-9_]{4,80}"
 )  # begins with a literal, so that 350 MB are searched fast
+
+
+def is_deterministic(environ: Mapping[str, str]) -> bool:
+    """Whether XLA_FLAGS ask for GPU runs that repeat to the bit."""
+    return _value_of(DETERMINISTIC.partition("=")[0], environ) in _TRUE
+
+
+def make_deterministic(environ: MutableMapping[str, str]) -> None:
+    """Adds to XLA_FLAGS what makes GPU runs repeat to the bit; to be called before jax has started its devices.
+
+    Raises:
+      ValueError: XLA_FLAGS ask for the contrary.
+    """
+    for flag, right in _DETERMINISTIC_VALUES.items():
+        value = _value_of(flag, environ)
+        if value is not None and value.lower() not in right:
+            raise ValueError(
+                f"DETERMINISTIC=True, but XLA_FLAGS has {flag}={value}: take it out, or set DETERMINISTIC=False"
+            )
+    if not is_deterministic(environ):
+        environ["XLA_FLAGS"] = f"{environ.get('XLA_FLAGS', '')} {DETERMINISTIC}".strip()
+
+
+def _value_of(flag: str, environ: Mapping[str, str]) -> str | None:
+    """The last value that XLA_FLAGS give a flag, "" for a bare one, None where it is not there."""
+    given = [word.partition("=") for word in environ.get("XLA_FLAGS", "").split()]
+    return next((value for name, _, value in reversed(given) if name == flag), None)
 
 
 def check_xla_flags(flags: str) -> None:

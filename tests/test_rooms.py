@@ -36,6 +36,7 @@ BELOW = {
         "parallel",
         "compat",
         "log",
+        "xla_flags",
     },
 }
 # Libraries and the only rooms that may import them.

@@ -65,7 +65,7 @@ class Checkpointer:
         self._claim = None if read_only else upkeep.open_for_writing(self.folder)
         # Steps saved or restored here; all others belong to an earlier start of the run.
         self._known: set[int] = set()
-        self.protected: int | None = None  # a step that is kept whatever the options say
+        self.protected: frozenset[int] = frozenset()  # steps that are kept whatever the options say
         self._damaged: dict[int, str] = {}
         self._due: tuple[int, bool] | None = None
         self._last_save_time = time.monotonic()
@@ -109,6 +109,10 @@ class Checkpointer:
     def latest_step(self) -> int | None:
         """The newest step, or None."""
         return max(self.all_steps(), default=None)
+
+    def newest_before(self, step: int) -> int | None:
+        """The newest step before `step` that was saved, or restored, in this start of the run."""
+        return max((each for each in self._known if each < step), default=None)
 
     def due(self, step: int) -> bool:
         """Whether the options ask for a checkpoint after `step`; the same answer on all processes.

@@ -87,13 +87,13 @@ def drop_old(
     *,
     keep_last: int | None,
     keep_every_n_steps: int | None,
-    protected: int | None = None,
+    protected: Collection[int] = (),
 ) -> None:
     """Deletes all checkpoints but the newest ones and the multiples of `keep_every_n_steps`."""
     if keep_last is None:
         return
     for step in layout.list_steps(checkpoints)[:-keep_last]:
-        if step == protected or (keep_every_n_steps and step % keep_every_n_steps == 0):
+        if step in protected or (keep_every_n_steps and step % keep_every_n_steps == 0):
             continue
         folder = layout.step_folder(checkpoints, step)
         try:

@@ -97,6 +97,8 @@ class Stack(nn.Module):
             if pipeline is not None:
                 return self._pipelined(x, sequence, noise_, pipeline)
         some = self.remat_layers != "all" and policy_of(self.remat) is not None
+        # Who asks for what is sown in the layers (a replay) gets it from the form that carries collections.
+        some = some and not self.is_mutable_collection("intermediates")
         if some and sequence.train and not self.is_initializing():
             return self._some_again(x, sequence, noise_)
         return self._in_turn(x, sequence, noise_)

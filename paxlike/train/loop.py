@@ -31,6 +31,7 @@ from paxlike.log.run_log import RunLog
 from paxlike.train.best import Best
 from paxlike.train.optimizer import merge
 from paxlike.train.ramp import Feed
+from paxlike.train.recorder import Origin, Recorder
 from paxlike.train.state import StateFactory, TrainState, num_parameters, replicated
 from paxlike.train.step import TrainStep
 
@@ -77,7 +78,20 @@ class _Run:
         stop = stack.enter_context(TerminationSignal())
         state, start = self._restore_or_initialize(checkpointer)
         best = Best(self.directory, experiment.best, step=start)
-        checkpointer.protected = best.step
+        recorder = Recorder(
+            self.directory,
+            experiment.recorder,
+            config=experiment.name,
+            seed=experiment.seed,
+            data=experiment.train_data,
+            log=log,
+        )
+
+        def protect() -> None:
+            """Keeps the checkpoints of the best step and before recorded spikes."""
+            checkpointer.protected = frozenset(recorder.checkpoints | ({best.step} - {None}))
+
+        protect()
         if start >= experiment.num_steps or best.exhausted:
             mark_finished(self.directory, start)
             log.progress.write(
@@ -111,16 +125,18 @@ class _Run:
             log=log,
         )
         stack.callback(profiler.close)
-        waiting: deque[tuple[int, Mapping[str, Any], dict[str, Any]]] = deque()
+        waiting: deque[tuple[int, Mapping[str, Any], dict[str, Any], Origin]] = deque()
         skipped = int(state.skipped_steps)
 
         def settle(limit: int) -> None:
             """Logs finished steps until at most `limit` are in flight."""
             nonlocal skipped
             while len(waiting) > limit:
-                done, metrics, its = waiting.popleft()
+                done, metrics, its, origin = waiting.popleft()
                 metrics = jax.device_get(metrics)  # waits for this step, while later ones run
                 log.train(done, metrics, **its)
+                if recorder.look(done, metrics, origin, checkpointer.newest_before(done)):
+                    protect()
                 if int(metrics["skipped_steps"]) > skipped:
                     skipped = int(metrics["skipped_steps"])
                     norm = float(metrics["grad_norm"])
@@ -138,7 +154,7 @@ class _Run:
                     step_function, flops = self._compile(rows), self._flops(rows)
                 log.progress.write(f"from step {done:,} on a batch has {rows:,} rows")
                 log.event("batch_size", step=done, rows=rows)
-            waited = batches.waited_seconds
+            waited, first_row = batches.waited_seconds, batches.rows
             batch = next(batches)
             profiler.before_step(done)
             state, metrics = step_function(state, batch)
@@ -148,7 +164,7 @@ class _Run:
                 "tokens": math.prod(batch["tokens"].shape),
                 "flops": flops,
             }
-            waiting.append((done, metrics, about))
+            waiting.append((done, metrics, about, Origin(first_row, batch)))
             settle(_max_in_flight())
             last, better, enough = done == experiment.num_steps, False, False
             if experiment.evaluation.due(done, experiment.num_steps):
@@ -157,7 +173,8 @@ class _Run:
                     results = self._evaluate(evaluators, state, done)
                 if experiment.best.metric is not None:
                     better = best.add(done, results)
-                    checkpointer.protected, enough = best.step, best.exhausted and not last
+                    protect()
+                    enough = best.exhausted and not last
                     best.write()
             stopping = stop.agreed(done)
             if stopping or last or better or enough or checkpointer.due(done):
@@ -201,35 +218,35 @@ class _Run:
             tokens_per_step=self.tokens_per_step,
             num_parameters=count,
             num_trained_parameters=trained,
+            deterministic=experiment.deterministic,
         )
         log.progress.write(
             f"{experiment.name}: {count:,} parameters{part}, mesh {dict(self.mesh.shape)} on {jax.device_count()} x "
             f"{jax.devices()[0].device_kind} in {jax.process_count()} process(es), "
             f"{self.global_batch:,} rows = {self.tokens_per_step:,} tokens a step"
+            + (", deterministic" if experiment.deterministic else "")
         )
         there = checkpointer.latest_step() is not None
         with log.busy("reading the newest checkpoint") if there else contextlib.nullcontext():
-            restored = checkpointer.restore(self._saved(self.abstract))
+            restored = checkpointer.restore(saved_part(experiment, self.abstract))
         if restored is not None:
-            self.first_row = self._data_position(restored.data)
+            self.first_row = data_position(experiment, self.directory, restored.data)
             self._write_config()
             log.resumed(restored.step)
             log.progress.write(f"going on from the checkpoint of step {restored.step:,}")
-            state = restored.state
-            if self.saves_trained_only:
-                with log.busy(f"reading frozen weights from {experiment.initial_weights.path}"):
-                    whole = experiment.read_initial_params(
-                        self.abstract.params, self.abstract.params
-                    )
-                state = state.replace(params=merge(state.params, whole))
-            return state, restored.step
+            if not saves_trained_only(experiment):
+                return restored.state, restored.step
+            with log.busy(f"reading frozen weights from {experiment.initial_weights.path}"):
+                return with_frozen(experiment, self.abstract, restored.state), restored.step
         experiment.check_initial_weights()  # before anything is allocated
         self._write_config()
         with log.busy("initialising the parameters"):
             state = jax.block_until_ready(self.factory.initialize(experiment.seed))
         if experiment.initial_weights is not None:
             weights, select = experiment.initial_weights, experiment.optimizer.select
-            if self.saves_trained_only:  # the random values of frozen weights only take memory
+            if saves_trained_only(
+                experiment
+            ):  # the random values of frozen weights only take memory
                 state = state.replace(params=merge(select(state.params), self.abstract.params))
             with log.busy(f"reading weights from {weights.path}"):
                 params = experiment.read_initial_params(self.abstract.params, state.params)
@@ -237,39 +254,12 @@ class _Run:
             state = state.replace(params=params, ema=ema)
         return state, 0
 
-    @property
-    def saves_trained_only(self) -> bool:
-        """Whether frozen weights stay where they were read, and checkpoints hold the trained part alone."""
-        return (
-            self.experiment.optimizer.trainable is not None
-            and self.experiment.initial_weights is not None
-        )
-
-    def _saved(self, state: TrainState) -> TrainState:
-        """What of the state, or of its abstract form, is in a checkpoint."""
-        if not self.saves_trained_only:
-            return state
-        return state.replace(params=self.experiment.optimizer.select(state.params))
-
     def _write_config(self) -> None:
         """The resolved config, to read and to reload; only once this start is known to fit what is there."""
         if jax.process_index() == 0:
             (self.directory / "config.json").write_text(self.config)
             (self.directory / "config.txt").write_text(self.config_text)
         self.log.text("config", self.config_text)
-
-    def _data_position(self, saved: Mapping[str, Any]) -> int:
-        """Number of the row to go on with; ValueError where the data is not what the checkpoint was made with."""
-        here = self.experiment.train_data.fingerprint()
-        changed = [name for name in here if here[name] != saved["fingerprint"].get(name)]
-        if changed:
-            name = changed[0]
-            raise ValueError(
-                f"the training data is not that of the checkpoint in {self.directory}: {name} was "
-                f"{saved['fingerprint'].get(name)} and is {here[name]}; go on with the same data, or start another "
-                f"job_log_dir from these weights with CHECKPOINT_RESTORE_PATH={self.directory}"
-            )
-        return saved["rows"]
 
     def _spec(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
         return batch_spec(self.experiment.train_data.spec(rows), self.mesh)
@@ -306,7 +296,7 @@ class _Run:
         }
         saved = checkpointer.save(
             done,
-            self._saved(state),
+            saved_part(self.experiment, state),
             data=data,
             config=self.config,
             config_text=self.config_text,
@@ -319,6 +309,40 @@ class _Run:
                 step=done,
                 stall_seconds=round(checkpointer.last_stall_seconds, 4),
             )
+
+
+def saves_trained_only(experiment: Experiment) -> bool:
+    """Whether frozen weights stay where they were read, and checkpoints hold the trained part alone."""
+    return experiment.optimizer.trainable is not None and experiment.initial_weights is not None
+
+
+def saved_part(experiment: Experiment, state: TrainState) -> TrainState:
+    """What of the state, or of its abstract form, is in a checkpoint."""
+    if not saves_trained_only(experiment):
+        return state
+    return state.replace(params=experiment.optimizer.select(state.params))
+
+
+def with_frozen(experiment: Experiment, abstract: TrainState, state: TrainState) -> TrainState:
+    """The state of a checkpoint with the frozen weights that it does not hold."""
+    if not saves_trained_only(experiment):
+        return state
+    whole = experiment.read_initial_params(abstract.params, abstract.params)
+    return state.replace(params=merge(state.params, whole))
+
+
+def data_position(experiment: Experiment, directory: Path, saved: Mapping[str, Any]) -> int:
+    """Number of the row to go on with; ValueError where the data is not what the checkpoint was made with."""
+    here = experiment.train_data.fingerprint()
+    changed = [name for name in here if here[name] != saved["fingerprint"].get(name)]
+    if changed:
+        name = changed[0]
+        raise ValueError(
+            f"the training data is not that of the checkpoint in {directory}: {name} was "
+            f"{saved['fingerprint'].get(name)} and is {here[name]}; go on with the same data, or start another "
+            f"job_log_dir from these weights with CHECKPOINT_RESTORE_PATH={directory}"
+        )
+    return saved["rows"]
 
 
 def state_factory(
@@ -339,19 +363,22 @@ def state_factory(
 def jit_step(experiment: Experiment, factory: StateFactory):
     """The training step, jitted: `lower(abstract, spec)` is the one program that runs train and that plans compile."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, factory.abstract())
-    step = TrainStep.of(
-        factory,
-        experiment.task,
-        num_microbatches=experiment.num_accumulated,
-        seed=experiment.seed,
-        accumulation_dtype=experiment.accumulation_dtype,
-    )
+    step = TrainStep.of(factory, experiment.task, **step_options(experiment))
 
     def train_step(state, batch):  # its name is that of the program in profiles and dumps
         return step(state, batch)
 
     place = (shardings, replicated(factory.mesh))
     return jax.jit(train_step, donate_argnums=0, out_shardings=place)
+
+
+def step_options(experiment: Experiment) -> dict[str, Any]:
+    """Those of `TrainStep.of`."""
+    return {
+        "num_microbatches": experiment.num_accumulated,
+        "seed": experiment.seed,
+        "accumulation_dtype": experiment.accumulation_dtype,
+    }
 
 
 def model_flops(experiment: Experiment, abstract: TrainState, spec: Mapping[str, Any]) -> int:

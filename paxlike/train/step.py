@@ -143,8 +143,12 @@ class TrainStep:
         return (
             jax.tree.map(lambda g: g.astype(jnp.float32), gradients),
             {**overwritten, **others},
-            jax.tree.map(lambda m: jnp.sum(m, axis=0), metrics),
+            self._of_all_parts(metrics),
         )
+
+    def _of_all_parts(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Metrics of the whole batch from those of the microbatches, stacked."""
+        return jax.tree.map(lambda m: jnp.sum(m, axis=0), metrics)
 
     def _held(self, trained, shardings):
         """The trained part of the parameters, or their gradients, held to shardings of all."""
