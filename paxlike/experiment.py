@@ -177,8 +177,9 @@ class Experiment:
             raise ValueError(f"MAX_STEPS={self.num_steps} is negative")
 
     def check_data(self, loaders: Iterable[Loader]) -> None:
-        """Raises one clear ValueError where data is missing or has ids that the model does not know."""
+        """Raises one clear ValueError where data is missing, or does not fit the model or the mesh."""
         for data in loaders:
+            parallel.check_length(data.seq_len, self.model.context, self.mesh.shape, self.rules)
             if data.tokenizer is not None:
                 check_vocabulary(data.tokenizer, self.model.vocab_size)
             data.check()

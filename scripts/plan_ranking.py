@@ -35,7 +35,7 @@ from configs import flags  # noqa: E402
 from paxlike import parallel  # noqa: E402
 from paxlike.plan import planner  # noqa: E402
 from paxlike.plan.chips import CHIPS  # noqa: E402
-from paxlike.train.state import StateFactory  # noqa: E402
+from paxlike.train.loop import state_factory  # noqa: E402
 
 MODEL = {
     "NUM_LAYERS": 4,
@@ -129,9 +129,8 @@ def _measure(candidate: tuple[str, int, str], rounds: int) -> dict[str, object]:
     compiled = program.lowered.compile()
     plan = program.read(compiled, time.perf_counter() - started)
     shapes = experiment.train_data.spec(plan.rows)
-    with parallel.activate(program.mesh, experiment.rules):
-        factory = StateFactory(experiment.model, experiment.optimizer, shapes, program.mesh)
-        state = factory.initialize(0)
+    with parallel.activate(program.mesh, experiment.training_rules):
+        state = state_factory(experiment, shapes, program.mesh).initialize(0)
         place = parallel.named_sharding(program.mesh, ("batch", "length"))
     clock, cpu = [], []
     with experiment.train_data.batches(global_batch=plan.rows, sharding=place) as batches:

@@ -238,6 +238,47 @@ TINY_SYNTHETIC = [f"--fdl.{k}={v}" for k, v in runs.TINY.items()] + [
             "'vocab' = 513",
         ),
         (
+            ["--fdl_config=Synthetic126M", *TINY_SYNTHETIC, "--fdl.NUM_STAGES=2"],
+            r"NUM_STAGES=2, but the mesh has 1 pipeline stage\(s\)",
+        ),
+        (
+            [
+                "--fdl_config=Synthetic126M",
+                *TINY_SYNTHETIC,
+                "--fdl.NUM_STAGES=4",
+                "--fdl.ICI_MESH_SHAPE=[4,1,1,1]",
+            ],
+            "2 repeats of the stack's blocks do not divide over NUM_STAGES=4",
+        ),
+        (
+            [
+                "--fdl_config=Synthetic126M",
+                *TINY_SYNTHETIC,
+                "--fdl.NUM_STAGES=2",
+                "--fdl.ICI_MESH_SHAPE=[2,2,1,1]",
+                "--fdl.NUM_MICROBATCHES=3",
+            ],
+            "NUM_MICROBATCHES=3 is not a multiple of NUM_STAGES=2; use 4",
+        ),
+        (
+            ["--fdl_config=Synthetic126M", *TINY_SYNTHETIC, "--fdl.MICROBATCH_SIZE=3"],
+            "MICROBATCH_SIZE=3 does not divide the batch",
+        ),
+        (
+            [
+                "--fdl_config=Synthetic126M",
+                *TINY_SYNTHETIC,
+                "--fdl.MESH_AXES=[data,context,tensor]",
+                "--fdl.ICI_MESH_SHAPE=[1,4,1]",
+                "--fdl.MAX_SEQ_LEN=20",
+            ],
+            "MAX_SEQ_LEN=20 does not divide into 2 x context = 8 parts",
+        ),
+        (
+            ["--fdl_config=Synthetic126M", *TINY_SYNTHETIC, "--fdl.CHECKPOINT_LAYERS=last:1"],
+            "CHECKPOINT_LAYERS='last:1' is none of all, first:K",
+        ),
+        (
             ["--fdl_config=Synthetic126M", *TINY_SYNTHETIC, "--fdl.NUM_MICROBATCHES=3"],
             "NUM_MICROBATCHES=3",
         ),

@@ -41,6 +41,8 @@ class Zero:
 
     def check(self, sizes: dict[str, int]) -> None:
         """Raises ValueError for an axis that the mesh, of these sizes, does not have, and for axes of one device."""
+        if self == Zero():  # a mesh without fsdp shards nothing over it
+            return
         for axis in self.axes:
             if axis not in sizes:
                 raise ValueError(
