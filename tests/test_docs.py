@@ -38,7 +38,8 @@ OTHER_FLAGS = {
     | {"template", "max_characters"},
     "scripts": {"source", "data_dir", "output", "parts", "shapes", "rounds", "steps", "torch"}
     | {"to", "dtype", "max_shard_size", "use"},
-    "XLA": {"xla_dump_to", "xla_dump_hlo_as_text", "xla_gpu_enable_dynamic_slice_fusion"},
+    "XLA": {"xla_dump_to", "xla_dump_hlo_as_text", "xla_gpu_enable_dynamic_slice_fusion"}
+    | {"xla_gpu_deterministic_ops"},
     "absl": {"flagfile"},
     "Pax": {"exp"},
 }

@@ -37,7 +37,7 @@ class RecorderOptions:
 
     Attributes:
       sigmas: standard deviations above the median that make a loss a spike; 0: only what is not finite.
-      window: steps before that a loss is compared with, and in which only one spike is recorded.
+      window: steps before that a loss is compared with, and that must be none before the next one is recorded.
       max_recordings: of a whole run, its later starts included; 0 records nothing.
     """
 
@@ -125,7 +125,7 @@ class Recorder:
         self._data = data
         self._watch = Watch(options)
         self._history: deque[tuple[int, float, float]] = deque(maxlen=options.window)
-        self._last: int | None = None
+        self._last: int | None = None  # spike, recorded or not
         self._known = {each["step"] for each in read_all(directory)}
         self._full_told = False
         kept = {each["checkpoint"] for each in read_all(directory)}
@@ -148,7 +148,8 @@ class Recorder:
         self._history.append((step, loss, norm))
         if why is None:
             return False
-        if self._last is not None and step - self._last < self._options.window:
+        last, self._last = self._last, step
+        if last is not None and step - last < self._options.window:  # the same trouble goes on
             return False
         if step not in self._known and len(self._known) >= self._options.max_recordings:
             if not self._full_told:
@@ -159,7 +160,6 @@ class Recorder:
                     step=step,
                 )
             return False
-        self._last = step
         self._known.add(step)
         if checkpoint is not None:
             self.checkpoints.add(checkpoint)

@@ -167,6 +167,10 @@ class Result:
                 if row.value_non_finite
                 and (row.name.rpartition("/")[0], row.layer) == (bad.name, bad.layer)
             ]
+            if odd is not None and self.modules.index(odd) < self.modules.index(bad):
+                lines.append(
+                    f"first outlier before it: {odd.where} (RMS {odd.rms:.3g}{_ratios(odd)})"
+                )
         elif odd is not None:
             lines.append(f"first outlying output: {odd.where} (RMS {odd.rms:.3g}{_ratios(odd)})")
         else:

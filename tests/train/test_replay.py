@@ -9,7 +9,7 @@ import pytest
 
 from paxlike import parallel
 from paxlike.checkpoint import Checkpointer
-from paxlike.train import loop
+from paxlike.train import loop, replay
 from tests.train.odd_run import experiment, one_device
 
 
@@ -178,3 +178,46 @@ def test_what_cannot_be_replayed_ends_in_one_line(odd, alone, tmp_path):
     changed = experiment(18, MAX_STEPS=20, NUM_LAYERS=1)
     refused("is of another model or optimizer", changed)
     refused("has no training data", dataclasses.replace(run, train_data=None))
+
+
+def row(name, layer=None, rms=1.0, non_finite=0.0, **ratios):
+    return replay.Row(name, layer, rms, rms, non_finite, **ratios)
+
+
+@pytest.mark.parametrize(
+    ("modules", "expected"),
+    [
+        ([row("a"), row("b")], ["all outputs are finite, and none stands out"]),
+        (
+            [row("a", 0, to_layers=3.0), row("b", 0, to_layers=11.0), row("b", 1, to_before=99.0)],
+            ["first outlying output: b, layer 0 (RMS 1, 11 x other layers)"],
+        ),
+        (
+            [row("a", to_before=20.0), row("b", 2, non_finite=0.5), row("c", non_finite=1.0)],
+            [
+                "first output that is not finite: b, layer 2 (50.000% of its numbers)",
+                "first outlier before it: a (RMS 1, 20 x the step before)",
+            ],
+        ),
+        (
+            [row("b", non_finite=0.5), row("c", to_before=20.0)],
+            ["first output that is not finite: b (50.000% of its numbers)"],
+        ),
+    ],
+)
+def test_the_verdict(modules, expected):
+    found = replay.Result({"step": 3}, 2, {}, modules, [row("b/kernel")], True).verdict()
+    assert len(found) == len(expected)
+    assert all(line.startswith(start) for line, start in zip(found, expected))
+
+
+def test_a_parameter_that_is_not_finite_is_named():
+    parameters = [
+        replay.Row("b/kernel", 1, 0, 0, 0.25, value_non_finite=0.01),
+        replay.Row("b/kernel", 0, 0, 0, 0.0, value_non_finite=0.0),
+    ]
+    modules = [row("b", 0), row("b", 1, non_finite=0.5)]
+    assert replay.Result({"step": 3}, 2, {}, modules, parameters, True).verdict()[1:] == [
+        "its parameter b/kernel, layer 1 is not finite itself (1.000%)",
+        "first gradient that is not finite, from the loss back: b/kernel, layer 1",
+    ]
