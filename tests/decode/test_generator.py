@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from paxlike import parallel
 from paxlike.decode import Generator, SamplingOptions
+from paxlike.train.state import abstract_variables
 
 PROMPTS = ["hello", "", "a longer prompt, of 33 characters", "abc", "The quick"]
 GREEDY = SamplingOptions(max_tokens=14, temperature=0)
@@ -140,6 +141,17 @@ SAMPLING = SamplingOptions(
 @pytest.fixture(scope="module")
 def sampled(model, variables, tokenizer):
     return Generator(model, variables, tokenizer, SAMPLING, max_length=MAX_LENGTH).generate(PROMPTS)
+
+
+def test_stages_of_a_pipeline_change_nothing(decoder, variables, tokenizer, sampled):
+    model = decoder()
+    mesh = parallel.Mesh(ici=(2, 2), axes=("pipeline", "tensor")).build(jax.devices()[:4])
+    with parallel.activate(mesh):
+        places = jax.tree.map(lambda leaf: leaf.sharding, abstract_variables(model, mesh))
+        placed = jax.tree.map(jax.device_put, variables, {"params": places["params"]})
+        generator = Generator(model, placed, tokenizer, SAMPLING, max_length=MAX_LENGTH)
+        results = generator.generate(PROMPTS)
+    assert [r.tokens for r in results] == [r.tokens for r in sampled]
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 1, 2)], ids=str)
