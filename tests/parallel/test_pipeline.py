@@ -16,6 +16,7 @@ from paxlike.layers.attention import Attention
 from paxlike.layers.block import Block
 from paxlike.layers.embedding import Embedding
 from paxlike.layers.feedforward import FeedForward
+from paxlike.layers.lora import Lora
 from paxlike.layers.norm import RMSNorm
 from paxlike.layers.stack import Pipeline, Stack
 from paxlike.models.decoder import Decoder
@@ -96,6 +97,11 @@ CASES = {
         gpt(4, 2, dropout=0.1, remat="SAVE_NOTHING"),
         packed,
         {"pipeline": 2, "context": 2},
+    ),
+    "with adapters and their dropout": (
+        gpt(2, 2, remat="SAVE_NOTHING", adapters={"qkv": Lora(4, dropout=0.3), "out": Lora(2)}),
+        plain,
+        {"pipeline": 2, "fsdp": 2},
     ),
     "with tensor and sequence": (
         llama(2, scan=False, remat="context"),
