@@ -55,8 +55,8 @@ def policy_of(text: str) -> Policy | None:
     unknown = [name for name in names if name.removeprefix(HOST) not in TENSOR_NAMES]
     if unknown:
         raise ValueError(
-            f"CHECKPOINT_POLICY='{text}': '{unknown[0]}' is none of {', '.join(REMAT_POLICIES)}, and no tensor of a "
-            f"block ({', '.join(TENSOR_NAMES)}; with {HOST} before it, it is kept on the host)"
+            f"CHECKPOINT_POLICY='{text}' is none of {', '.join(REMAT_POLICIES)}, and '{unknown[0]}' is no tensor of a "
+            f"block: {', '.join(TENSOR_NAMES)}; with {HOST} before it, one is kept on the host"
         )
     on_host = [name.removeprefix(HOST) for name in names if name.startswith(HOST)]
     on_device = [name for name in names if not name.startswith(HOST)]
