@@ -108,6 +108,7 @@ def main(argv: list[str] | None = None) -> int:
             "candidates": found,
         }
         path = options.output / "plan_ranking.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record, indent=1) + "\n")
     return 0
 
