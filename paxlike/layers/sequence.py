@@ -19,8 +19,6 @@ class Sequence:
       positions: position of each token in its document; None counts from 0 in each row.
       segments: document number of each token, 0 for padding; None where a row is one document.
       offset: number of tokens of each row that the cache holds already; None while nothing is cached.
-      rows: number of each row in the batch whose dropout bits it has; None: 0, 1, ... as they come.
-      places: place of each token in its row, where they do not stand in order (`parallel.Context`); None where they do.
       repeat: which part of a cache that holds all repeats of a stack is this layer's; None where it holds one layer.
       train: dropout and other noise are active.
       context: how rows are spread over devices, None where they are whole.
@@ -30,8 +28,6 @@ class Sequence:
     positions: Int[Array, "b s"] | None = None
     segments: Int[Array, "b s"] | None = None
     offset: Int[Array, "b"] | None = None
-    rows: Int[Array, "b"] | None = None
-    places: Int[Array, "s"] | None = None
     repeat: Int[Array, ""] | None = None
     train: bool = dataclasses.field(default=False, metadata={"static": True})
     context: parallel.Context | None = dataclasses.field(default=None, metadata={"static": True})

@@ -187,17 +187,15 @@ class Stack(nn.Module):
         """The repeats spread over the stages of the mesh."""
         period, weights = self._layers_apart("a pipeline")
         rows = jnp.arange(x.shape[0]) if noise_.rows is None else noise_.rows
-        extras = {
-            "positions": sequence.positions,
-            "segments": sequence.segments,
-            "rows": None if noise_.key is None else rows,
-        }
+        of_rows = {"positions": sequence.positions, "segments": sequence.segments}
+        extras = (of_rows, None if noise_.key is None else rows)
 
         policy = self._policy()
 
         def stage(weights, first, x, extras):
-            own = dataclasses.replace(sequence, **extras)
-            mine = dataclasses.replace(noise_, shape=x.shape[:2], depth=0, rows=own.rows)
+            of_rows, rows = extras
+            own = dataclasses.replace(sequence, **of_rows)
+            mine = dataclasses.replace(noise_, shape=x.shape[:2], depth=0, rows=rows)
 
             def layer(x, weights_and_index):
                 weights, index = weights_and_index

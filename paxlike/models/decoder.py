@@ -118,7 +118,6 @@ class Decoder(nn.Module):
             positions,
             segments,
             offset=offset,
-            places=places,
             train=train,
             context=context,
             cache_length=cache_length,
@@ -127,7 +126,7 @@ class Decoder(nn.Module):
         if self.position is not None:
             x = self.position(x, positions)
         key = self.make_rng("dropout") if train and self.has_rng("dropout") else None
-        with noise(Noise(key, x.shape[:2], rows=sequence.rows, places=sequence.places)):
+        with noise(Noise(key, x.shape[:2], places=places)):
             x = parallel.shard(
                 self.dropout(x, train=train), "batch", "residual_length", "act_embed"
             )
