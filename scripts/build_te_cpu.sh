@@ -49,7 +49,7 @@ names = set(re.findall(r"\b(cu[A-Z]\w+)\s*\(", text))
 names |= {name.removeprefix("PFN_") for name in re.findall(r"\bPFN_cu\w+", text)}
 names = {re.sub(r"_v\d+(_ptds|_ptsz)?$", "", name) for name in names}
 suffixes = ("", "_v2", "_v3", "_ptsz", "_ptds", "_v2_ptsz", "_v2_ptds")
-lines = [f"int {name}{suffix}(void) {{ return 100; }}" for name in sorted(names) for suffix in suffixes]
+lines = sorted({f"int {name}{suffix}(void) {{ return 100; }}" for name in names for suffix in suffixes})
 target.write_text("\n".join(lines) + "\n")
 PY
 mkdir -p "$folder/stub"

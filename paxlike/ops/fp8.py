@@ -153,12 +153,15 @@ def _forward(x, w, peaks, margin):
     with jax.named_scope(f"{SCOPE}forward"):
         y = _dot(narrow, quantize(w, w_scale, FORWARD), ((x.ndim - 1,), (0,)), x.dtype)
     y = _times(y, x_scale * w_scale)
-    # The weight as it came: a remat policy then gathers and rounds it again, rather than keep it whole.
-    return y, (narrow, w, peaks, x_scale, w_scale, seen)
+    # The weight as it came: a remat policy then gathers and rounds it again, rather than keep it whole. The input as
+    # bytes: what a policy keeps goes through XLA's reduce_precision, to which E4M3 above 240 is infinite.
+    kept = jax.lax.bitcast_convert_type(narrow, jnp.uint8)
+    return y, (kept, w, peaks, x_scale, w_scale, seen)
 
 
 def _backward(margin, residuals, dy):
-    narrow, w, peaks, x_scale, w_scale, seen = residuals
+    kept, w, peaks, x_scale, w_scale, seen = residuals
+    narrow = jax.lax.bitcast_convert_type(kept, FORWARD)
     seen_dy = amax(dy)
     dy_scale = scale(seen_dy if peaks is None else peaks[2], BACKWARD, margin)
     narrow_dy = quantize(dy, dy_scale, BACKWARD)
