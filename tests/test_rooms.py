@@ -32,6 +32,8 @@ BELOW = {
         "checkpoint",
         "data",
         "layers",  # what a base lacks that has adapters
+        "ops",
+        "plan",  # what a compiled step is made of
         "weights",
         "parallel",
         "compat",

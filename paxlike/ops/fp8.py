@@ -41,7 +41,9 @@ FORWARD, BACKWARD = jnp.float8_e4m3fn, jnp.float8_e5m2
 RECIPES = ("delayed", "current")
 COMPUTE_CAPABILITY = 8.9
 MULTIPLE = 16  # what cuBLASLt wants the sides of 8-bit matrices to divide by
-SCOPE = "fp8_"  # names of the three products in a program: fp8_forward, fp8_input_grad, fp8_weight_grad
+SCOPE = (
+    "fp8_"  # names of the three products in a program: fp8_forward, fp8_input_grad, fp8_weight_grad
+)
 PyTree = Any
 
 
@@ -232,9 +234,7 @@ def _peaks(history):
     return jnp.max(history, axis=-1)
 
 
-_peaks.defvjp(
-    lambda history: (_peaks(history), history), lambda like, seen: (_newest(like, seen),)
-)
+_peaks.defvjp(lambda history: (_peaks(history), history), lambda like, seen: (_newest(like, seen),))
 
 
 def _newest(like, seen):

@@ -140,9 +140,7 @@ def pipeline(
         )
     at_each = lambda a: _copies(a, stages)
     # Each stage is told its number: an axis index cannot be lowered where other axes are the compiler's.
-    outputs = run(
-        jnp.arange(stages), weights, observed, at_each(x), jax.tree.map(at_each, extras)
-    )
+    outputs = run(jnp.arange(stages), weights, observed, at_each(x), jax.tree.map(at_each, extras))
     # Those of the last stage: the others are zero.
     return jnp.sum(outputs, axis=0).reshape(x.shape)
 
@@ -190,9 +188,7 @@ def _local(
         time, observed = time_and_observed
         # What a stage sees while it has nothing to do does not count.
         working = (time >= me) & (time - me < num_microbatches * repeats)
-        observed = jax.tree.map(
-            lambda a: jnp.where(working, a, jax.lax.stop_gradient(a)), observed
-        )
+        observed = jax.tree.map(lambda a: jnp.where(working, a, jax.lax.stop_gradient(a)), observed)
         # Microbatches come in groups of as many as there are stages: what the last stage ends in one tick, the first
         # one takes up again, one repeat further, in the next.
         work = jnp.clip(time - me, 0, num_microbatches * repeats - 1)

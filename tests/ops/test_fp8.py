@@ -25,7 +25,9 @@ def rounded(x, amax, dtype, margin=0):
     """A reference in numpy, of one tensor."""
     top = float(jnp.finfo(dtype).max)
     s = np.float32(amax) * np.float32(2.0**margin / top)
-    return np.asarray(np.clip(np.asarray(x, np.float32) / s, -top, top).astype(dtype), np.float32) * s
+    return (
+        np.asarray(np.clip(np.asarray(x, np.float32) / s, -top, top).astype(dtype), np.float32) * s
+    )
 
 
 def relative(a, b):

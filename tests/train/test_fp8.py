@@ -221,7 +221,9 @@ def loss_and_seen(stack, variables, sizes):
 def assert_same(found, expected):
     """A rounding that falls the other way moves one element by an eighth, and nothing by much."""
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-3)
-    for ours, theirs in zip(*(jax.tree.leaves(r[1][STATE]) for r in (found, expected)), strict=True):
+    for ours, theirs in zip(
+        *(jax.tree.leaves(r[1][STATE]) for r in (found, expected)), strict=True
+    ):
         assert (theirs[..., 0] > 0).all()
         assert not theirs[..., 1:].any()
         np.testing.assert_allclose(ours, theirs, rtol=3e-2)
@@ -299,6 +301,8 @@ def test_a_weight_that_is_used_twice_is_seen_too_large_at_most(variables, expect
 
 def test_sizes_that_are_no_multiple_of_sixteen():
     layer = Linear((3, 1, 8), ("embed", None, "heads", "head_dim"), dot_general_cls=DELAYED)
-    with pytest.raises(ValueError, match=r"multiples of 16, and .* is 16 x 24: .*FP8_LAYERS") as error:
+    with pytest.raises(
+        ValueError, match=r"multiples of 16, and .* is 16 x 24: .*FP8_LAYERS"
+    ) as error:
         jax.eval_shape(layer.init, jax.random.key(0), rows())
     assert "\n" not in str(error.value)
