@@ -142,7 +142,7 @@ class Stack(nn.Module):
         return policy_of(self.remat) or keep_all(self.scan)
 
     def _layers_apart(self, what: str) -> tuple[Period, PyTree, PyTree]:
-        """The blocks by themselves, and the stacked parameters and FP8 histories of all repeats: those of `_in_turn`."""
+        """The blocks by themselves, and stacked parameters and FP8 histories of all repeats: those of `_in_turn`."""
         others = sorted(name for name in self.variables if name not in ("params", fp8.STATE))
         if others:
             raise ValueError(

@@ -13,11 +13,10 @@ is not a gradient: it is what this pass has seen, in the place of the newest ste
 are therefore combined by their maximum, a weight that is used twice can at most be seen too large, and the step of
 training ends with `advance`.
 
-The products are written with 8-bit operands, not as products of rounded bfloat16 that a compiler has to recognise: XLA
-falls back to bfloat16 without a word where it does not. That is why `flax.linen.fp8_ops.Fp8DotGeneralOp` (deprecated for
-the same reason) is not used; its successor has no margin and no current scaling, counts each microbatch as a step,
-keeps a weight in 8 bits for the backward pass where it would have been gathered again, and lets one non-finite amax stop
-the scale for as long as the history is.
+The products are written with 8-bit operands, not as products of rounded bfloat16 that a compiler has to recognise:
+where XLA does not, it falls back without a word. That is why `flax.linen.fp8_ops.Fp8DotGeneralOp` (deprecated for the
+same reason) is not used; its successor has no margin and no current scaling, counts each microbatch as a step, keeps a
+gathered weight for the backward pass, and lets one non-finite amax stop the scale for as long as the history is.
 
 Values that are not finite become NaN, so that a step which overflows is seen and skipped as it is without FP8; as an
 amax they count as not seen.

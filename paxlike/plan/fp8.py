@@ -85,9 +85,10 @@ def made(module: hlo.Module) -> Counter[Key]:
             called = module.computations[instruction.calls["calls"]]
             inside = [(one, called) for one in called.instructions.values()]
         for one, where in inside:
-            if _is_narrow(one, where) and (name := _OP_NAME.search(one.attributes)):
-                if key := _key(name[1]):
-                    found[key] += times
+            name = _OP_NAME.search(one.attributes)
+            key = _key(name[1]) if name and _is_narrow(one, where) else None
+            if key is not None:
+                found[key] += times
     return found
 
 
