@@ -105,7 +105,7 @@ class TransformerKnobs(LanguageModelKnobs, abstract=True):
 
     def attention_backend(self) -> str:
         """The implementation of attention."""
-        return {None: "auto", True: "cudnn", False: "xla"}[self.USE_CUDNN_FLASH_ATTENTION]
+        return {None: "auto", True: "cudnn", False: "reference"}[self.USE_CUDNN_FLASH_ATTENTION]
 
     def init(self, std: float | None = None) -> fdl.Config[Any]:
         """Gaussian initialiser; a node of its own at each place."""
