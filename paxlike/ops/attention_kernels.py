@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
-import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 
@@ -109,18 +107,17 @@ class Choice:
 
 def choose(request: Request, name: str = "auto") -> Choice:
     """The kernel for a request; ValueError in one line where the one that was named cannot serve."""
-    refused = _refused.get()
     if name != "auto":
         kernel = find(name)
-        if reason := kernel.lacks(request) or refused.get((name, request.of_one_row)):
+        if reason := kernel.lacks(request) or REFUSED.get((name, request.of_one_row)):
             raise ValueError(
                 f"{kernel.title} attention {reason}: set USE_CUDNN_FLASH_ATTENTION=None and ATTENTION_KERNEL=auto, "
                 "which take a kernel that can serve"
             )
         return Choice(request, kernel)
-    passed_over = []
+    passed_over: list[tuple[str, str]] = []
     for kernel in KERNELS:
-        reason = kernel.lacks(request) or refused.get((kernel.name, request.of_one_row))
+        reason = kernel.lacks(request) or REFUSED.get((kernel.name, request.of_one_row))
         if reason is None and kernel.is_worth(request):
             return Choice(request, kernel, tuple(passed_over))
         if reason is not None:
@@ -154,14 +151,9 @@ def recording() -> Iterator[list[Choice]]:
         _choices.reset(token)
 
 
-@contextlib.contextmanager
-def refusing(refused: Mapping[tuple[str, Request], str]) -> Iterator[None]:
-    """Inside it these kernels do not serve these requests (of one row), for the reason given."""
-    token = _refused.set({**_refused.get(), **refused})
-    try:
-        yield
-    finally:
-        _refused.reset(token)
+def refuse(name: str, request: Request, reason: str) -> None:
+    """From now on this kernel does not serve such requests in this process; `reason` is the end of a sentence."""
+    REFUSED[(name, request.of_one_row)] = reason
 
 
 def summary(choices: Sequence[Choice]) -> str:
@@ -172,9 +164,7 @@ def summary(choices: Sequence[Choice]) -> str:
 _choices: contextvars.ContextVar[list[Choice] | None] = contextvars.ContextVar(
     "choices", default=None
 )
-_refused: contextvars.ContextVar[Mapping[Any, str]] = contextvars.ContextVar(
-    "refused", default=types.MappingProxyType({})
-)
+REFUSED: dict[tuple[str, Request], str] = {}  # a fact about this machine, hence of the process
 
 
 def _record(choice: Choice) -> None:

@@ -70,6 +70,7 @@ class _Run:
         self.factory = state_factory(experiment, spec, mesh)
         self.abstract = self.factory.abstract()
         self.tokens_per_step = math.prod(spec["tokens"].shape)
+        self.kernels = ""  # of attention, as they were last said
         self.first_row = 0  # number of the row that the first step of this start begins with
 
     def run(self, stack: contextlib.ExitStack) -> int:
@@ -265,8 +266,23 @@ class _Run:
         return batch_spec(self.experiment.train_data.spec(rows), self.mesh)
 
     def _compile(self, rows: int):
-        jitted = jit_step(self.experiment, self.factory)
-        return jitted.lower(self.abstract, self._spec(rows)).compile()
+        def trace():
+            jitted = jit_step(self.experiment, self.factory)
+            return jitted.trace(self.abstract, self._spec(rows))
+
+        if self.experiment.kernels is None:
+            return trace().lower().compile()
+        settled = self.experiment.kernels.settle(trace)
+        for line in settled.checks:
+            self.log.progress.write(f"checked: {line}")
+        for line in settled.refusals:
+            self.log.warning(line)
+        if settled.line and settled.line != self.kernels:
+            self.kernels = settled.line
+            self.log.event("attention", kernels=settled.line)
+            if settled.is_news:
+                self.log.progress.write(f"attention: {settled.line}")
+        return settled.traced.lower().compile()
 
     def _flops(self, rows: int) -> int:
         return model_flops(self.experiment, self.abstract, self._spec(rows))
