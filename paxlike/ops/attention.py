@@ -7,26 +7,20 @@ size.
 from __future__ import annotations
 
 import contextlib
-import contextvars
-from collections.abc import Iterator
 
 from jaxtyping import Array, Float, Int
 
 from paxlike.ops import attention_kernels as kernels
 from paxlike.ops.reference_attention import whole_attention
 from paxlike.ops.scores import Scores
+from paxlike.scoped import Scoped
 
-_plain: contextvars.ContextVar[bool] = contextvars.ContextVar("plain", default=False)
+_plain = Scoped("plain", False)
 
 
-@contextlib.contextmanager
-def plain() -> Iterator[None]:
+def plain() -> contextlib.AbstractContextManager[None]:
     """Inside it every attention is traced as the plain reference: FLOPs are counted on that, whatever backend runs."""
-    token = _plain.set(True)
-    try:
-        yield
-    finally:
-        _plain.reset(token)
+    return _plain.set(True)
 
 
 def is_plain() -> bool:

@@ -7,7 +7,6 @@ refused. The table in `docs/attention.md` is made from here (`scripts/attention_
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
@@ -18,6 +17,7 @@ from paxlike.ops import platform
 from paxlike.ops.chunked_attention import chunked_attention
 from paxlike.ops.reference_attention import reference_attention
 from paxlike.ops.scores import Scores
+from paxlike.scoped import Scoped
 
 LONG = 4096  # keys; all scores of 32 heads and 4 rows take 8 GiB then
 
@@ -144,11 +144,8 @@ def attend(choice: Choice, q, k, v, segments, offset) -> jax.Array:
 def recording() -> Iterator[list[Choice]]:
     """The different choices that are made inside it, in their order."""
     choices: list[Choice] = []
-    token = _choices.set(choices)
-    try:
+    with _choices.set(choices):
         yield choices
-    finally:
-        _choices.reset(token)
 
 
 def refuse(name: str, request: Request, reason: str) -> None:
@@ -161,9 +158,7 @@ def summary(choices: Sequence[Choice]) -> str:
     return "; ".join(dict.fromkeys(choice.line for choice in choices))
 
 
-_choices: contextvars.ContextVar[list[Choice] | None] = contextvars.ContextVar(
-    "choices", default=None
-)
+_choices: Scoped[list[Choice] | None] = Scoped("choices", None)
 REFUSED: dict[tuple[str, Request], str] = {}  # a fact about this machine, hence of the process
 
 
