@@ -14,6 +14,7 @@ from paxlike.data.chat import ChatTemplate
 from paxlike.decode import SamplingOptions
 from paxlike.evaluate import EvalOptions
 from paxlike.experiment import Experiment, InitialWeights, LogOptions
+from paxlike.ops.kernel_check import KernelCheck
 from paxlike.tasks.language import CausalLanguage
 from paxlike.train.best import BestOptions
 from paxlike.train.recorder import RecorderOptions
@@ -50,6 +51,9 @@ class RunKnobs(Knobs):
     DETERMINISTIC: Annotated[
         bool, "the same run gives the same bits on GPUs too, where that takes slower kernels"
     ] = False
+    CHECK_KERNELS: Annotated[
+        bool, "compare fast kernels with the plain ones before the first training on a machine"
+    ] = True
     SPIKE_SIGMAS: Annotated[
         float, "standard deviations above the median that make a loss a spike, 0: only non-finite"
     ] = 8.0
@@ -152,6 +156,7 @@ class LanguageModelKnobs(
                 window=self.SPIKE_WINDOW,
                 max_recordings=self.SPIKE_MAX,
             ),
+            kernels=fdl.Config(KernelCheck, enabled=self.CHECK_KERNELS),
             logging=fdl.Config(
                 LogOptions,
                 summary_interval_steps=self.SUMMARY_INTERVAL_STEPS,

@@ -96,6 +96,7 @@ class Experiment:
       initial_weights: what a fresh run starts from, None for random weights.
       weights: how other programs name the weights (`paxlike.weights`), None where none has such a model.
       recorder: which steps are recorded as loss spikes.
+      kernels: what compares fast kernels with plain ones before training (`ops.kernel_check`), None trusts them.
       sampling: options of decoding.
       chat: template that makes prompts conversations when decoding, None for plain texts.
     """
@@ -125,6 +126,7 @@ class Experiment:
     evaluation: EvalOptions = EvalOptions()
     best: BestOptions = BestOptions()
     recorder: RecorderOptions = RecorderOptions()
+    kernels: Any = None
     logging: LogOptions = LogOptions()
     sampling: Any = None
     chat: Any = None

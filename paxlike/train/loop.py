@@ -71,6 +71,7 @@ class _Run:
         self.factory = state_factory(experiment, spec, mesh)
         self.abstract = self.factory.abstract()
         self.tokens_per_step = math.prod(spec["tokens"].shape)
+        self.kernels = ""  # of attention, as they were last said
         self.first_row = 0  # number of the row that the first step of this start begins with
 
     def run(self, stack: contextlib.ExitStack) -> int:
@@ -266,13 +267,33 @@ class _Run:
         return batch_spec(self.experiment.train_data.spec(rows), self.mesh)
 
     def _compile(self, rows: int):
-        traced = jit_step(self.experiment, self.factory).trace(self.abstract, self._spec(rows))
+        def trace():
+            jitted = jit_step(self.experiment, self.factory)
+            return jitted.trace(self.abstract, self._spec(rows))
+
+        traced = self._settled(trace)
         compiled = traced.lower().compile()
         if (products := self.experiment.fp8_products(traced, compiled)) is not None:
             say = self.log.warning if products.missing else self.log.progress.write
             say(products.line())
             self.log.event("fp8_products", **dataclasses.asdict(products))
         return compiled
+
+    def _settled(self, trace):
+        """The traced step with kernels of attention that were checked; says which they are."""
+        if self.experiment.kernels is None:
+            return trace()
+        settled = self.experiment.kernels.settle(trace)
+        for line in settled.checks:
+            self.log.progress.write(f"checked: {line}")
+        for line in settled.refusals:
+            self.log.warning(line)
+        if settled.line and settled.line != self.kernels:
+            self.kernels = settled.line
+            self.log.event("attention", kernels=settled.line)
+            if settled.is_news:
+                self.log.progress.write(f"attention: {settled.line}")
+        return settled.traced
 
     def _flops(self, rows: int) -> int:
         return model_flops(self.experiment, self.abstract, self._spec(rows))
