@@ -71,7 +71,9 @@ TFDS_DATA_DIR = absl_flags.DEFINE_string(
     "tfds_data_dir", None, "Folder of TFDS data sets (the knob TFDS_DATA_DIR)."
 )
 MULTIPROCESS = absl_flags.DEFINE_boolean(
-    "multiprocess_gpu", False, "Join a run of several processes."
+    "multiprocess_gpu",
+    None,
+    "Join a run of several processes; by default where srun, mpirun or a JobSet started several.",
 )
 SERVER_ADDR = absl_flags.DEFINE_string(
     "server_addr", None, "multiprocess: host:port of process 0; found by itself under Slurm."
@@ -166,6 +168,8 @@ def _refuse_flags_without_effect() -> None:
     if PLAN_PICTURE.value is not None and SEARCH.value:
         raise flags.UsageError("--plan_picture shows one mesh: leave out --search")
     distributed = MULTIPROCESS.value or SERVER_ADDR.value is not None
+    if MULTIPROCESS.value is False and SERVER_ADDR.value is not None:
+        raise flags.UsageError("--server_addr has no effect with --nomultiprocess_gpu")
     if distributed and MODE.value == "plan":
         raise flags.UsageError(
             "--multiprocess_gpu and --server_addr have no effect with --mode=plan"
@@ -260,6 +264,7 @@ def _set_up_jax() -> None:
     import jax
 
     from paxlike import compat
+    from paxlike.cluster import environment
 
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", COMPILATION_CACHE.value)
     if cache:
@@ -268,10 +273,16 @@ def _set_up_jax() -> None:
         except OSError as error:
             jax.config.update("jax_compilation_cache_dir", None)
             print(f"compiled programs are not kept: {error}", file=sys.stderr)
-    if MULTIPROCESS.value or SERVER_ADDR.value is not None:
-        jax.distributed.initialize(
-            SERVER_ADDR.value, NUM_HOSTS.value, HOST_IDX.value, initialization_timeout=120
-        )
+    place = environment.find_place(
+        os.environ,
+        join=MULTIPROCESS.value,
+        server_addr=SERVER_ADDR.value,
+        num_hosts=NUM_HOSTS.value,
+        host_idx=HOST_IDX.value,
+    )
+    if place is not None:
+        print(f"joining: {place}", file=sys.stderr)
+        environment.start(place)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ BELOW = {
     "compat": set(),
     "xla_flags": set(),
     "log": {"compat"},
+    "cluster": {"parallel", "compat", "log"},
     "parallel": {"compat"},
     "ops": {"parallel", "compat"},
     "layers": {"ops", "parallel", "compat"},
