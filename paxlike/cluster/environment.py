@@ -244,7 +244,7 @@ class _Launcher:
     num_local: int = 1
     local_index: int = 0
     num_nodes: int | None = None
-    nodes: str = ""  # Slurm: its list
+    first_node: str = ""  # Slurm's name of it
     address: str | None = None  # where it tells
     job: str = ""  # makes the port
     one_device_each: bool = False  # it hides the devices of the others
@@ -280,7 +280,8 @@ def _slurm(environ: Mapping[str, str]) -> _Launcher | None:
         num_local,
         _first(_number(environ, "SLURM_LOCALID"), 0),
         len(nodes),
-        nodes=nodes[0],
+        first_node=nodes[0],
+        address=environ.get("SLURM_LAUNCH_NODE_IPADDR"),
         job=f"{environ['SLURM_JOB_ID']}.{environ['SLURM_STEP_ID']}",
         one_device_each=bool(bound),
     )
@@ -314,8 +315,8 @@ def _kubernetes(environ: Mapping[str, str]) -> _Launcher | None:
 
 def _address(launcher: _Launcher | None, count: int) -> str:
     """host:port of process 0, where nothing says it outright."""
-    if launcher is not None and launcher.nodes:
-        host = _host_of(launcher.nodes, alone=launcher.num_nodes == 1)
+    if launcher is not None and launcher.first_node:
+        host = _host_of(launcher.first_node, launcher.address, alone=launcher.num_nodes == 1)
     elif launcher is not None and launcher.address:
         host = launcher.address
     else:
@@ -327,8 +328,11 @@ def _address(launcher: _Launcher | None, count: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _host_of(node: str, *, alone: bool) -> str:
-    """An address of a Slurm node: its name where it resolves, else what slurm.conf says."""
+def _host_of(node: str, launch_node: str | None, *, alone: bool) -> str:
+    """An address of a Slurm node: its name where it resolves, else what slurm.conf says, else where srun ran.
+
+    The latter is the first node in a batch job, but not where srun was typed on a login node.
+    """
     if alone:
         return "127.0.0.1"
     found = [address for _, address in resolve(node)]
@@ -338,8 +342,8 @@ def _host_of(node: str, *, alone: bool) -> str:
     configured = _node_addr(node)
     if configured and resolve(configured):
         return configured
-    if found:
-        return node
+    if found or launch_node:
+        return node if found else launch_node
     raise ValueError(
         f"the first node of the Slurm step, {node}, does not resolve on {socket.gethostname()}: give "
         f"--server_addr=HOST:PORT, or set JAX_COORDINATOR_ADDRESS=HOST:PORT in the job, with an address of {node}"

@@ -226,6 +226,8 @@ class _Run:
             f"{self.global_batch:,} rows = {self.tokens_per_step:,} tokens a step"
             + (", deterministic" if experiment.deterministic else "")
         )
+        if jax.process_count() > 1:
+            log.progress.write(parallel.describe_layout(self.mesh))
         there = checkpointer.latest_step() is not None
         with log.busy("reading the newest checkpoint") if there else contextlib.nullcontext():
             restored = checkpointer.restore(saved_part(experiment, self.abstract))

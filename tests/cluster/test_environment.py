@@ -85,8 +85,10 @@ def test_a_step_on_one_node_needs_no_name(names):
     assert place.coordinator.startswith("127.0.0.1:") and place.num_local == 4
 
 
-def test_a_node_name_that_does_not_resolve_is_said_at_once(names):
+def test_a_node_name_that_does_not_resolve_is_said_at_once(names, monkeypatch):
     del names["n1"]
+    assert find_place(SLURM).coordinator.startswith("10.9.9.9:")  # where srun ran: the best guess
+    monkeypatch.delitem(SLURM, "SLURM_LAUNCH_NODE_IPADDR")
     with pytest.raises(
         ValueError, match=r"n1, does not resolve .*JAX_COORDINATOR_ADDRESS"
     ) as error:

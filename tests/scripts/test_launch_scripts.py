@@ -19,7 +19,7 @@ PILE = {
     "--job_log_dir": "test_logdir",
 }
 SLURM = {"SLURM_NTASKS": "16", "SLURM_PROCID": "3", "SLURM_JOB_NUM_NODES": "2"}
-SLURM |= {"SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1"}
+SLURM |= {"SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1", "SERVER_PORT": "12345"}
 
 # Stands for main.py where only the way a script ends is looked at.
 PROGRAM = """
