@@ -1,11 +1,12 @@
 """Runs an experiment.
 
-    python main.py --fdl_config=configs.gpt.Quickstart --job_log_dir=DIR [--mode=train|eval|decode|plan|replay]
+    python main.py --fdl_config=configs.gpt.Quickstart --job_log_dir=DIR [--mode=train|eval|decode|plan|replay|check]
 
 Flags become a config, the config an Experiment, and that trains, evaluates, decodes, takes a recorded step again, or is
 planned for hardware that is not here. `--fdl_help` explains a config.
 """
 
+import json
 import os
 import shlex
 import signal
@@ -23,7 +24,10 @@ JOB_LOG_DIR = absl_flags.DEFINE_string(
     "job_log_dir", None, "Folder for everything that the run writes."
 )
 MODE = absl_flags.DEFINE_enum(
-    "mode", "train", ["train", "eval", "decode", "plan", "replay"], "What to do."
+    "mode",
+    "train",
+    ["train", "eval", "decode", "plan", "replay", "check"],
+    "What to do; check: only says whether the config is right and fits the devices.",
 )
 EVAL_ON_TEST = absl_flags.DEFINE_boolean(
     "eval_on_test", None, "train: evaluate the held-out sets while training."
@@ -50,7 +54,7 @@ CHIP = absl_flags.DEFINE_string(
     "chip", None, "plan: h100 (the default), a100, v5p, v5e, v6e, or cpu: virtual devices."
 )
 DEVICES = absl_flags.DEFINE_integer(
-    "devices", None, "plan: how many chips, where the mesh does not say it."
+    "devices", None, "plan, check: how many chips, where the mesh does not say it."
 )
 SEARCH = absl_flags.DEFINE_boolean(
     "search", False, "plan: look for the fastest mesh, microbatches and remat policy that fit."
@@ -101,7 +105,7 @@ def main(argv: list[str]) -> int:
     if request.help:
         print(flags.help_page(request, os.environ, color=sys.stdout.isatty()))
         return 0
-    if JOB_LOG_DIR.value is None and MODE.value != "plan":
+    if JOB_LOG_DIR.value is None and MODE.value not in ("plan", "check"):
         raise flags.UsageError(
             "--job_log_dir=DIR is missing: the folder for checkpoints, logs and results"
         )
@@ -116,6 +120,8 @@ def main(argv: list[str]) -> int:
         _make_deterministic()
     if MODE.value == "plan":
         return _plan(argv, environ, resolved)
+    if MODE.value == "check":
+        return _check(resolved)
     return _run(resolved)
 
 
@@ -141,6 +147,7 @@ def _refuse_flags_without_effect() -> None:
         "eval": ("checkpoint", "checkpoint_step", "follow"),
         "decode": ("checkpoint", "checkpoint_step", "prompt", "prompt_file"),
         "replay": ("replay_step",),
+        "check": ("devices",),
         "plan": (
             "chip",
             "devices",
@@ -170,9 +177,9 @@ def _refuse_flags_without_effect() -> None:
     distributed = MULTIPROCESS.value or SERVER_ADDR.value is not None
     if MULTIPROCESS.value is False and SERVER_ADDR.value is not None:
         raise flags.UsageError("--server_addr has no effect with --nomultiprocess_gpu")
-    if distributed and MODE.value == "plan":
+    if distributed and MODE.value in ("plan", "check"):
         raise flags.UsageError(
-            "--multiprocess_gpu and --server_addr have no effect with --mode=plan"
+            f"--multiprocess_gpu and --server_addr have no effect with --mode={MODE.value}"
         )
     if not distributed and (NUM_HOSTS.value is not None or HOST_IDX.value is not None):
         raise flags.UsageError(
@@ -246,6 +253,22 @@ def _plan(argv: list[str], environ: dict[str, str], resolved) -> int:
         policy = resolved.knobs.get("CHECKPOINT_POLICY")
         return command.search(experiment, change, options, policy=policy, max_compiles=limit)
     return command.plan(experiment, options)
+
+
+def _check(resolved) -> int:
+    """Prints the mesh and the batch of a config that fits the devices, as JSON; takes no device."""
+    experiment = _build(resolved)
+    mesh = experiment.mesh
+    if DEVICES.value is not None and DEVICES.value < 1:
+        raise flags.UsageError(f"--devices={DEVICES.value} must be at least 1")
+    if DEVICES.value is not None or -1 not in mesh.ici:
+        experiment = experiment.on_devices(DEVICES.value or mesh.num_devices)
+        mesh = experiment.mesh
+    found = {"config": experiment.name, "axes": mesh.axes, "ici": mesh.ici, "dcn": mesh.dcn}
+    if -1 not in mesh.ici:
+        found |= {"devices": mesh.num_devices, "global_batch_size": experiment.global_batch_size}
+    print(json.dumps(found | {"num_steps": experiment.num_steps}))
+    return 0
 
 
 def _make_deterministic() -> None:

@@ -26,6 +26,7 @@ BELOW = {
     "evaluate": {"checkpoint", "train", "parallel", "compat", "log"},
     "decode": {"checkpoint", "train", "parallel", "compat", "log", "data"},
     "plan": {"train", "ops", "parallel", "compat", "log"},
+    "launch": set(),  # starts in no time: no jax
     "experiment": {
         "train",
         "evaluate",

@@ -120,9 +120,12 @@ def start(place: Place, *, seconds: float = JOIN_SECONDS, **options) -> None:
     """
     import jax
 
-    deadline = time.monotonic() + seconds
+    started = time.monotonic()
+    deadline = started + seconds
     host, port = split_address(place.coordinator)
     if place.index == 0:
+        while not resolve(host) and time.monotonic() < min(deadline, started + 20):
+            time.sleep(0.3)  # the name of a pod comes after the pod
         options["coordinator_bind_address"] = bind_address(place.coordinator)
     elif place.num_processes > 1:
         wait_for(host, port, deadline=deadline, index=place.index)

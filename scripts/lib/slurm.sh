@@ -64,7 +64,7 @@ finish() { # STATUS JOB_DIR
         exit "$status"
     fi
     mkdir -p "$2" && echo "$step $count" > "$counter"
-    say "status $status at checkpoint $step: back to the queue (restart $count without progress, of ${MAX_RESTARTS:-3})"
+    say "status $status at checkpoint $step: back to the queue (restart $count from there, of ${MAX_RESTARTS:-3})"
     scontrol requeue "$SLURM_JOB_ID" || exit "$status"
     sleep 60 # Slurm ends this script
     exit "$status"
