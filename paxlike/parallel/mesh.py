@@ -152,7 +152,7 @@ def describe_layout(mesh: jax.sharding.Mesh) -> str:
         if (np.diff(numbers, axis=position) != 0).any()
     ]
     text = (
-        f"{len(nodes)} nodes, {len({device.process_index for device in devices})} processes, {len(devices)} devices; "
+        f"nodes: {len(nodes)}, processes: {len({d.process_index for d in devices})}, devices: {len(devices)}; "
         f"mesh {_describe(dict(mesh.shape))}"
     )
     if len(nodes) == 1:

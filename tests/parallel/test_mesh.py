@@ -113,7 +113,7 @@ def test_the_layout_names_the_axes_that_cross_nodes():
         shape={"data": 2, "fsdp": 4, "tensor": 1},
     )
     assert parallel.describe_layout(mesh) == (
-        "2 nodes, 4 processes, 8 devices; mesh data=2 x fsdp=4 x tensor=1; data across nodes"
+        "nodes: 2, processes: 4, devices: 8; mesh data=2 x fsdp=4 x tensor=1; data across nodes"
     )
     mesh.devices = devices.reshape(1, 8, 1)
     assert parallel.describe_layout(mesh).endswith("; fsdp across nodes")
