@@ -165,17 +165,19 @@ stop() {
             sleep 0.1
         done
     fi
-    for file in "$dir"/run/slurmd.*.pid "$dir/run/slurmctld.pid" "$dir/run/munged.pid"; do
-        [[ -e $file ]] || continue
-        pid=$(cat "$file")
-        kill "$pid" 2> /dev/null || true
-        for ((i = 0; i < 50; i++)); do
-            kill -0 "$pid" 2> /dev/null || break
-            sleep 0.1
-        done
-        kill -KILL "$pid" 2> /dev/null || true
+    local pids=()
+    for file in "$dir"/run/*.pid; do
+        if [[ -e $file ]]; then pids+=("$(cat "$file")"); fi
         rm -f "$file"
     done
+    kill "${pids[@]}" 2> /dev/null || true
+    for ((i = 0; i < 20; i++)); do
+        for pid in "${pids[@]}"; do
+            if kill -0 "$pid" 2> /dev/null; then sleep 0.1; continue 2; fi
+        done
+        break
+    done
+    kill -KILL "${pids[@]}" 2> /dev/null || true
 }
 
 if [[ -n $install ]]; then install_packages; fi

@@ -96,9 +96,20 @@ class Slurm:
             assert running and time.monotonic() < deadline, self.story(job, state)
             time.sleep(0.05)
 
-    def release(self, job: str) -> None:
+    def wait_for_requeue(self, job: str, restarts: int = 1, seconds: float = 200) -> None:
+        """Waits until the job is in the queue again."""
+        deadline = time.monotonic() + seconds
+        while (state := self.field(job, "JobState")) != "PENDING" or (
+            int(self.field(job, "Restarts")) < restarts
+        ):
+            final = state in ("COMPLETED", "FAILED", "CANCELLED")
+            assert not final and time.monotonic() < deadline, self.story(job, state)
+            time.sleep(0.2)
+
+    def release(self, job: str, restarts: int = 1) -> None:
         """A job that was sent back to the queue starts at once, not after Slurm's two minutes."""
-        self.wait(job, "PENDING")
+        self.wait_for_requeue(job, restarts)
+        time.sleep(2)  # the nodes refuse what was revoked in the same second
         self.call("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def story(self, job: str, state: str) -> str:
@@ -108,6 +119,9 @@ class Slurm:
         folder = pathlib.Path(shown[1]).parent
         for file in sorted([*folder.glob("*.out"), *folder.glob("**/output-*.txt")]):
             parts.append(f"== {file}\n" + file.read_text(errors="replace")[-2500:])
+        for file in self.folder.glob("log/slurm*.log"):
+            lines = file.read_text(errors="replace").splitlines()
+            parts.append(f"== {file}\n" + "\n".join(lines[-12:]))
         return "\n".join(parts)
 
     def ranks(self, job: str) -> dict[int, int]:
