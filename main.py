@@ -267,6 +267,7 @@ def _check(resolved) -> int:
     found = {"config": experiment.name, "axes": mesh.axes, "ici": mesh.ici, "dcn": mesh.dcn}
     if -1 not in mesh.ici:
         found |= {"devices": mesh.num_devices, "global_batch_size": experiment.global_batch_size}
+    found |= {"trains": experiment.train_data is not None, "eval_sets": [*experiment.eval_data]}
     print(json.dumps(found | {"num_steps": experiment.num_steps}))
     return 0
 

@@ -148,7 +148,8 @@ def main(arguments: list[str] | None = None) -> int:
 def check(job: Job, num_devices: int | None) -> None:
     """Asks main.py whether the configs are right and fit so many devices; raises its line as ValueError."""
     knobs = [word for word in job.arguments if word.startswith(("--fdl", "--fiddler"))]
-    for config in dict.fromkeys([job.config, job.eval_config or job.config]):
+    last = job.eval_config or job.config
+    for config in dict.fromkeys([job.config, last]):
         words = [
             job.python,
             str(ROOT / "main.py"),
@@ -162,8 +163,16 @@ def check(job: Job, num_devices: int | None) -> None:
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
             raise ValueError(lines[-1][len("error: ") :] if lines else done.stderr.strip())
+        found = json.loads(done.stdout.splitlines()[-1])
         if num_devices is not None:
-            check_mesh(job, json.loads(done.stdout.splitlines()[-1]))
+            check_mesh(job, found)
+        if config == job.config and "train" in job.stages and not found["trains"]:
+            raise ValueError(f"{config} has no training data: leave train out of --stages")
+        if config == last and "evaluate" in job.stages and not found["eval_sets"]:
+            raise ValueError(
+                f"{config} has no held-out set for the stage evaluate: name some with --fdl.EVAL_SETS, or another "
+                "config with --eval_config"
+            )
 
 
 def _show(job: Job, stages: list[Stage]) -> None:

@@ -82,6 +82,8 @@ def test_the_config_is_checked_before_anything_is_submitted(tmp_path):
     wrong = launch(*common)  # 8 nodes by its class
     assert wrong.returncode == 2 and not folder.exists()
     assert wrong.stderr.count("\n") == 1 and "needs 64 devices" in wrong.stderr
+    blind = launch(*common, "--fdl.DCN_MESH_SHAPE=[2,1,1]", "--stages=train,evaluate")
+    assert blind.returncode == 2 and "Synthetic126M has no held-out set" in blind.stderr
     right = launch(*common, "--fdl.DCN_MESH_SHAPE=[2,1,1]", "--dry_run")
     assert right.returncode == 0, right.stderr
     assert "#SBATCH --ntasks-per-node=8" in right.stdout and not folder.exists()

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from runs import losses
+import runs
 
 from .conftest import ROOT, TWO_NODES, knobs
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 def test_chained_training_then_evaluation_then_nothing_left_to_do(slurm, tmp_path):
     run = tmp_path / "it's a run"
-    words = [sys.executable, "-m", "paxlike.launch", "--fdl_config=Synthetic126M"]
+    words = [sys.executable, "-m", "paxlike.launch", "--fdl_config=Quickstart"]
     words += [f"--job_log_dir={run}", "--stages=prepare,train,evaluate", "--chain=2", "--nodes=2"]
     words += [f"--prepare=echo prepared > '{tmp_path}/prepared'"]
     words += [
@@ -23,7 +23,8 @@ def test_chained_training_then_evaluation_then_nothing_left_to_do(slurm, tmp_pat
         "--time=10",
         "--env=JAX_NUM_CPU_DEVICES=1",
     ]
-    words += knobs(**TWO_NODES, FPROP_DTYPE="float32", MAX_STEPS=20).split()
+    small = {"MAX_STEPS": 20, "VOCAB_SIZE": 512, "EVAL_MAX_BATCHES": 2, "EVAL_INTERVAL_STEPS": 0}
+    words += knobs(**TWO_NODES, **small, **runs.write_text(tmp_path)).split()
     environ = slurm.environ | {"HF_TOKEN": "do_not_write_me"}
     done = subprocess.run(words, env=environ, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -32,7 +33,7 @@ def test_chained_training_then_evaluation_then_nothing_left_to_do(slurm, tmp_pat
     assert f"evaluate: job {numbers['evaluate']}" in done.stdout
     slurm.wait(numbers["evaluate"], "COMPLETED")
     assert slurm.field(numbers["train_2"], "JobState") == "COMPLETED"
-    assert (tmp_path / "prepared").exists() and 20 in losses(run)
+    assert (tmp_path / "prepared").exists() and 20 in runs.losses(run)
     results = [
         json.loads(path.read_text()) for path in run.glob("eval_out/*/eval_out_00000020.json")
     ]
