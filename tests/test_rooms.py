@@ -23,7 +23,7 @@ BELOW = {
     "tasks": {"ops", "parallel", "compat", "log"},
     "checkpoint": {"parallel", "compat", "log"},
     "weights": {"checkpoint", "parallel", "compat", "log"},
-    "train": {"checkpoint", "evaluate", "parallel", "compat", "log"},
+    "train": {"checkpoint", "evaluate", "ops", "parallel", "compat", "log"},
     "evaluate": {"checkpoint", "train", "parallel", "compat", "log"},
     "decode": {"checkpoint", "train", "parallel", "compat", "log", "data"},
     "plan": {"train", "ops", "parallel", "compat", "log"},
@@ -35,6 +35,8 @@ BELOW = {
         "checkpoint",
         "data",
         "layers",  # what a base lacks that has adapters
+        "ops",
+        "plan",  # what a compiled step is made of
         "weights",
         "parallel",
         "compat",
