@@ -38,6 +38,8 @@ SILENCE_SECONDS = 35.0
 ANSWER_SECONDS = 10.0
 """How long a roll call waits for the answers."""
 _PROCESSES_PER_SECOND = 500  # beats that process 0 takes each second
+_FRESH_PERIODS = 5
+_CLOSE_SECONDS = 300.0  # as long as jax waits at its end
 _PREFIX = "paxlike/peers"
 
 
@@ -57,6 +59,7 @@ class Peers:
         self._me = Identity.here()
         self._period = max(1.0, self.count / _PROCESSES_PER_SECOND)
         self._busy, self._step = True, 0
+        self._heard: dict[int, tuple[int, float]] = {}  # beats of the others, and since when
         self._own: dict[str, Any] | None = None  # the failure of this process
         self._pending: dict[str, Any] | None = None  # an alarm of this process
         self._wake, self._closing = threading.Event(), threading.Event()
@@ -85,8 +88,15 @@ class Peers:
 
     def someone_is_busy(self) -> bool:
         """Whether another process is at something that may take long, so that to wait for it is no hang."""
-        beats = {r: b for r, b in self._beats().items() if r != self.rank}
-        return any(beat["busy"] for beat in beats.values())
+        now, busy = time.monotonic(), False
+        for rank, beat in self._beats().items():
+            number, since = self._heard.get(rank, (-1, now))
+            if number != beat["number"]:
+                self._heard[rank] = (beat["number"], now)
+                since = now
+            fresh = now - since < _FRESH_PERIODS * self._period  # one that froze was busy, once
+            busy = busy or (rank != self.rank and beat["busy"] and fresh)
+        return busy
 
     def report(self, error: BaseException) -> None:
         """Tells the others that this process fails with `error`; returns at once.
@@ -120,9 +130,12 @@ class Peers:
         failure.leave(code)
 
     def close(self) -> None:
-        """This process has ended well: its silence from now on is no death."""
+        """This process has ended well; it watches on until all have, for one may still fail."""
+        deadline = time.monotonic() + _CLOSE_SECONDS
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self._put(f"done/{self.rank}", "1")
+            while len(self._all("done")) < self.count and time.monotonic() < deadline:
+                time.sleep(min(0.05 * self._period, 1.0))
         self._closing.set()
         self._wake.set()
         for thread in self._threads:
@@ -280,15 +293,14 @@ class Peers:
         states: Mapping[int, str],
         *,
         only_first: bool = False,
+        others: str = "no answer",
     ) -> None:
         """`failure.txt` and, on standard error, the last words of who is at fault."""
         last = failure.last_lines(failure.log_path(self._directory, guilty))
         text = [line, "", "processes:"]
         for rank, identity in enumerate(self.identities):
             its = answers.get(rank)
-            how = (
-                states.get(rank, "no answer") if its is None else f"step {its['step']}: {its['at']}"
-            )
+            how = states.get(rank, others) if its is None else f"step {its['step']}: {its['at']}"
             text.append(f"  {rank} ({identity}): {how}")
         text += ["", f"last lines of process {guilty}:", *(f"  {each}" for each in last)]
         text += ["", "The stacks of every process that answered are at the end of its rank_*.log."]
@@ -327,7 +339,16 @@ class Peers:
             "stopped": "is frozen (stopped by a signal)",
         }.get(state, f"is dead or out of reach ({why})")
         line = f"{self._name(0)} {how}"
-        self._write_failure(line, 0, {}, {0: state or "no answer"}, only_first=True)
+        mine = {"step": self._step, "at": failure.main_thread_at()}
+        failure.dump_stacks(self._log(), line)
+        self._write_failure(
+            line,
+            0,
+            {self.rank: mine},
+            {0: state or "no answer"},
+            only_first=True,
+            others="not asked",
+        )
         if state == "stopped":
             first.kill()
         print(f"error: {line}", file=sys.stderr, flush=True)

@@ -7,6 +7,7 @@ that differs is named in one line, in all processes, which end with the same err
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -178,7 +179,7 @@ def _check_folder(directory: Path) -> None:
     problems = processes.share("folder_problem", json.dumps(problem))
     for rank, text in enumerate(problems):
         if json.loads(text):
-            mine.unlink(missing_ok=True)
+            _remove(mine)
             raise ValueError(f"process {rank} {json.loads(text)}")
     deadline = time.monotonic() + _SEE_SECONDS
     unseen = list(paths)
@@ -186,13 +187,18 @@ def _check_folder(directory: Path) -> None:
         unseen = [rank for rank in unseen if not paths[rank].exists()]
         time.sleep(0.0 if not unseen else 0.1)
     seen = [json.loads(text) for text in processes.share("folder_seen", json.dumps(unseen))]
-    mine.unlink(missing_ok=True)
+    _remove(mine)
     blind = [rank for rank, each in enumerate(seen) if each and rank] or seen[0]
     if blind:
         raise ValueError(
             f"{directory} is not the same folder in {processes.name_processes(blind)} as in process 0: "
             "job_log_dir must be on a file system that all nodes share"
         )
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):  # it was never there
+        path.unlink()
 
 
 def _sum_over(mesh: jax.sharding.Mesh, axis: str) -> str:
