@@ -1,6 +1,7 @@
 """Runs an experiment.
 
-    python main.py --fdl_config=configs.gpt.Quickstart --job_log_dir=DIR [--mode=train|eval|decode|plan|replay|check]
+    python main.py --fdl_config=configs.gpt.Quickstart --job_log_dir=DIR
+        [--mode=train|eval|decode|plan|replay|check_cluster]
 
 Flags become a config, the config an Experiment, and that trains, evaluates, decodes, takes a recorded step again, or is
 planned for hardware that is not here. `--fdl_help` explains a config.
@@ -24,7 +25,7 @@ JOB_LOG_DIR = absl_flags.DEFINE_string(
     "job_log_dir", None, "Folder for everything that the run writes."
 )
 MODE = absl_flags.DEFINE_enum(
-    "mode", "train", ["train", "eval", "decode", "plan", "replay", "check"], "What to do."
+    "mode", "train", ["train", "eval", "decode", "plan", "replay", "check_cluster"], "What to do."
 )
 EVAL_ON_TEST = absl_flags.DEFINE_boolean(
     "eval_on_test", None, "train: evaluate the held-out sets while training."
@@ -140,7 +141,7 @@ def _refuse_flags_without_effect() -> None:
         "eval": ("checkpoint", "checkpoint_step", "follow"),
         "decode": ("checkpoint", "checkpoint_step", "prompt", "prompt_file"),
         "replay": ("replay_step",),
-        "check": (),
+        "check_cluster": (),
         "plan": (
             "chip",
             "devices",
@@ -232,7 +233,7 @@ def _do(resolved, text: str, job) -> int:
     experiment = _build(resolved)
     if MODE.value == "train":
         return experiment.train(JOB_LOG_DIR.value, config=resolved.json, config_text=text, job=job)
-    if MODE.value == "check":
+    if MODE.value == "check_cluster":
         return experiment.check_start(JOB_LOG_DIR.value, config=resolved.json, job=job)
     if MODE.value == "replay":
         return experiment.replay(JOB_LOG_DIR.value, step=REPLAY_STEP.value)

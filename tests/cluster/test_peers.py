@@ -102,6 +102,19 @@ def test_a_frozen_process_is_found_by_the_watchdog_named_and_ended(tmp_path):
     assert "  1 (" in failure(tmp_path) and "): stopped" in failure(tmp_path)
 
 
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_on_another_machine_silence_tells(tmp_path, frozen):
+    with started("run_far_apart", tmp_path) as both:
+        wait_until_running(both, tmp_path)
+        both[frozen].send_signal(signal.SIGSTOP)
+        code, output = ends(both[1 - frozen])
+    assert code == EXIT_LOST
+    line = [line for line in output.splitlines() if line.startswith("error:")][-1]
+    how = "is dead or out of reach (no answer for 3 s)", "is dead or frozen: it does not answer"
+    assert f"process {frozen} (host " in line and how[frozen] in line
+    assert f"process {frozen} says hello" in failure(tmp_path)
+
+
 def test_an_error_of_one_process_ends_all_and_is_told_once(tmp_path):
     with started("fail", tmp_path, count=3) as three:
         codes, outputs = zip(*map(ends, three), strict=True)

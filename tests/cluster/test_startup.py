@@ -2,6 +2,8 @@
 
 import jax
 import pytest
+import runs
+from absl.testing import flagsaver
 
 from paxlike import parallel
 from paxlike.cluster import startup
@@ -63,6 +65,19 @@ def test_a_wrong_sum_names_device_and_process(monkeypatch):
     mesh = parallel.Mesh(ici=(2, 2, 1)).build()
     with pytest.raises(ValueError, match=r"the mesh axis data is wrong on device 1 of process 0"):
         measure_axes(mesh, ["here"])
+
+
+def test_the_check_alone(tmp_path, capfd):
+    import main
+
+    tiny = [f"--fdl.{name}={value}" for name, value in runs.TINY.items()]
+    mesh = ["--fdl.ICI_MESH_SHAPE=[1,4,1]", "--fdl.DCN_MESH_SHAPE=[1,1,1]"]
+    flags = ["--fdl_config=Synthetic126M", f"--job_log_dir={tmp_path}", "--mode=check_cluster"]
+    with flagsaver.flagsaver():
+        assert main.main(["main.py", *flags, *tiny, *mesh]) == 0
+    said = capfd.readouterr().err.splitlines()
+    assert said[-2].startswith("check: 1 node, 1 process, 4 x cpu each; ")
+    assert said[-1].startswith("axis fsdp (4) crosses devices of a process: sum right, ")
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):

@@ -50,6 +50,17 @@ def run(watch, folder: Path) -> None:
     loop(watch, folder)
 
 
+def run_far_apart(watch, folder: Path) -> None:
+    """As on a machine each, without a watchdog: only silence tells."""
+    from paxlike.cluster import processes
+
+    for step in range(100_000):
+        processes.share("step", None)
+        if step == 5:
+            (folder / f"running_{processes.index()}").write_text("")
+        time.sleep(0.01)
+
+
 def fail(watch, folder: Path) -> None:
     loop(watch, folder, fails_at=20)
 
@@ -89,6 +100,11 @@ def _message(call) -> str:
 
 if __name__ == "__main__":
     program, *cluster, directory = sys.argv[1:]
+    if program == "run_far_apart":
+        from paxlike.cluster import identity, peers
+
+        peers.SILENCE_SECONDS, peers.ANSWER_SECONDS = 3.0, 2.0
+        identity.Identity.is_beside = property(lambda self: False)
     watch = join(*cluster, directory)
     try:
         globals()[program](watch, Path(directory))
