@@ -60,6 +60,7 @@ class Peers:
         self._period = max(1.0, self.count / _PROCESSES_PER_SECOND)
         self._busy, self._step = True, 0
         self._heard: dict[int, tuple[int, float]] = {}  # beats of the others, and since when
+        self._seen: dict[int, tuple[int, float]] = {}  # of process 0: all beats, and since when
         self._own: dict[str, Any] | None = None  # the failure of this process
         self._pending: dict[str, Any] | None = None  # an alarm of this process
         self._wake, self._closing = threading.Event(), threading.Event()
@@ -84,7 +85,9 @@ class Peers:
 
     def where(self, *, step: int, busy: bool) -> None:
         """Says how far this process is; `busy` with what has a limit of its own (see `Watchdog`)."""
-        self._step, self._busy = step, busy
+        changed, self._step, self._busy = busy != self._busy, step, busy
+        if changed:  # the others should know before anything happens to this one
+            self._wake.set()
 
     def someone_is_busy(self) -> bool:
         """Whether another process is at something that may take long, so that to wait for it is no hang."""
@@ -157,7 +160,7 @@ class Peers:
     # The two threads.
 
     def _listen(self) -> None:
-        number, seen = 0, dict.fromkeys(range(self.count), (-1, time.monotonic()))
+        number = 0
         try:
             while not self._closing.is_set():
                 number += 1
@@ -166,7 +169,7 @@ class Peers:
                 if self._pending is None:
                     self._look_at_neighbours()
                 if self._pending is None and processes.is_first():
-                    self._look_for_silence(seen)
+                    self._look_for_silence()
                 if self._pending is not None:
                     # The first alarm counts.
                     with contextlib.suppress(jax.errors.JaxRuntimeError):
@@ -197,12 +200,20 @@ class Peers:
         if gone:
             self.alarm("gone", f"{self._name(gone[0])} is gone")
 
-    def _look_for_silence(self, seen: dict[int, tuple[int, float]]) -> None:
-        now = time.monotonic()
-        for rank, beat in self._beats().items():
-            if beat["number"] != seen[rank][0]:
-                seen[rank] = (beat["number"], now)
-        quiet = [rank for rank, (_, at) in seen.items() if now - at > SILENCE_SECONDS]
+    def _look_for_silence(self) -> None:
+        """Of those that take steps: what is done before may keep a thread of Python waiting for long.
+
+        A process that dies there is found by the library below, after `HEARTBEAT_SECONDS` (see `_on_abort`).
+        """
+        now, beats = time.monotonic(), self._beats()
+        for rank, beat in beats.items():
+            if beat["number"] != self._seen.get(rank, (-1, now))[0]:
+                self._seen[rank] = (beat["number"], now)
+        quiet = [
+            rank
+            for rank, (_, at) in self._seen.items()
+            if now - at > SILENCE_SECONDS and not beats[rank]["busy"]
+        ]
         if quiet:
             quiet = [rank for rank in quiet if rank not in self._all("done")]
         if quiet:
@@ -238,11 +249,7 @@ class Peers:
         if missing:
             hung = hung and any(states.get(rank) != "gone" for rank in missing)
             code, guilty = EXIT_HUNG if hung else EXIT_LOST, missing[0]
-            how = {
-                "gone": "died",
-                "stopped": "is frozen (stopped by a signal) and does not answer",
-            }.get(states.get(guilty, ""), "is dead or frozen: it does not answer")
-            line = f"{self._name(guilty)} {how}"
+            line = f"{self._name(guilty)} {_how(states.get(guilty, ''))}"
             if len(missing) > 1:
                 line += f"; so do {processes.name_processes(missing[1:])}"
         elif causes:
@@ -332,6 +339,7 @@ class Peers:
 
     def _first_is_lost(self, why: str) -> None:
         self._ending.acquire()
+        self._leave_as_written(0.0)  # it may have ended after a verdict
         first = self.identities[0]
         state = first.state() if first.is_beside else ""
         how = {
@@ -355,24 +363,50 @@ class Peers:
         failure.leave(EXIT_HUNG if state == "stopped" else EXIT_LOST)
 
     def _on_abort(self) -> None:
-        """Makes the abort of the library below, when the service is gone, one of our ends.
+        """Makes the abort of the library below, when a process is lost, one of our ends.
 
         It is `abort()` in a thread of C++: no handler of Python would ever run. This one is called by the system, takes
-        the interpreter's lock, and leaves any other abort as it is.
+        the interpreter's lock, and leaves an abort that no other process explains as it is.
         """
 
         def aborted(number: int) -> None:
             libc.alarm(15)  # whatever hangs from here on
             libc.signal(signal.SIGABRT, ctypes.cast(None, kind))  # back to the default
-            if not self._service_answers():
+            if self.rank and not self._service_answers():
                 self._first_is_lost("its connection is closed")
+            self._ending.acquire()
+            now = time.monotonic()
+            silent = [rank for rank, (_, at) in self._seen.items() if now - at > SILENCE_SECONDS]
+            states = {rank: self.identities[rank].state() for rank in self._neighbours}
+            lost = [rank for rank, state in states.items() if state != "running"] or silent
+            if lost:
+                line = f"{self._name(lost[0])} {_how(states.get(lost[0], ''))}"
+                mine = {self.rank: {"step": self._step, "at": failure.main_thread_at()}}
+                self._write_failure(line, lost[0], mine, states, only_first=True)
+                if states.get(lost[0]) == "stopped":
+                    self.identities[lost[0]].kill()
+                print(f"error: {line}", file=sys.stderr, flush=True)
+                failure.leave(EXIT_LOST)
+            self._leave_as_written(3.0)
 
         libc = ctypes.CDLL(None)
         kind = ctypes.CFUNCTYPE(None, ctypes.c_int)
         libc.signal.argtypes, libc.signal.restype = [ctypes.c_int, kind], ctypes.c_void_p
         self._handler = kind(aborted)  # kept: C holds no reference
-        if self.rank:
-            libc.signal(signal.SIGABRT, self._handler)
+        libc.signal(signal.SIGABRT, self._handler)
+
+    def _leave_as_written(self, seconds: float) -> None:
+        """Ends this process with what another one has written into `failure.txt`, if one does so in time."""
+        path = failure.processes_folder(self._directory) / failure.FAILURE_FILE
+        deadline = time.monotonic() + seconds
+        while True:
+            with contextlib.suppress(OSError, IndexError):
+                line = path.read_text().splitlines()[1]
+                print(f"error: {line}; see {path}", file=sys.stderr, flush=True)
+                failure.leave(EXIT_LOST)
+            if time.monotonic() >= deadline:
+                return
+            time.sleep(0.1)
 
     def _service_answers(self) -> bool:
         host, _, port = (processes.coordinator() or "").rpartition(":")
@@ -387,3 +421,11 @@ class Peers:
 
     def _name(self, rank: int) -> str:
         return f"process {rank} ({self.identities[rank]})"
+
+
+def _how(state: str) -> str:
+    """What is said of a process that does not answer, by how it looks to its neighbours."""
+    return {
+        "gone": "died",
+        "stopped": "is frozen (stopped by a signal) and does not answer",
+    }.get(state, "is dead or frozen: it does not answer")

@@ -115,6 +115,18 @@ def test_on_another_machine_silence_tells(tmp_path, frozen):
     assert f"process {frozen} says hello" in failure(tmp_path)
 
 
+def test_a_process_that_freezes_while_busy_is_left_to_the_library_below(tmp_path):
+    with started("run_busy", tmp_path) as both:
+        wait_until_running(both, tmp_path)
+        time.sleep(1)
+        both[1].send_signal(signal.SIGSTOP)
+        code, output = ends(both[0])
+    assert code == EXIT_LOST
+    line = [line for line in output.splitlines() if line.startswith("error:")][-1]
+    assert "process 1 (host " in line and "is frozen (stopped by a signal)" in line
+    assert "process 1 says hello" in failure(tmp_path)
+
+
 def test_an_error_of_one_process_ends_all_and_is_told_once(tmp_path):
     with started("fail", tmp_path, count=3) as three:
         codes, outputs = zip(*map(ends, three), strict=True)

@@ -56,9 +56,18 @@ def run_far_apart(watch, folder: Path) -> None:
 
     for step in range(100_000):
         processes.share("step", None)
+        watch.where(step=step, busy=False)
         if step == 5:
             (folder / f"running_{processes.index()}").write_text("")
         time.sleep(0.01)
+
+
+def run_busy(watch, folder: Path) -> None:
+    """As in a compilation: neither the watchdog nor silence tells."""
+    from paxlike.cluster import processes
+
+    (folder / f"running_{processes.index()}").write_text("")
+    time.sleep(100)
 
 
 def fail(watch, folder: Path) -> None:
@@ -100,6 +109,10 @@ def _message(call) -> str:
 
 if __name__ == "__main__":
     program, *cluster, directory = sys.argv[1:]
+    if program == "run_busy":
+        from paxlike.cluster import peers
+
+        peers.HEARTBEAT_SECONDS, peers.SILENCE_SECONDS = 6, 3.0
     if program == "run_far_apart":
         from paxlike.cluster import identity, peers
 
