@@ -1,6 +1,7 @@
 """Runs an experiment.
 
-    python main.py --fdl_config=configs.gpt.Quickstart --job_log_dir=DIR [--mode=train|eval|decode|plan|replay|check]
+    python main.py --fdl_config=configs.gpt.Quickstart --job_log_dir=DIR
+        [--mode=train|eval|decode|plan|replay|check|check_cluster]
 
 Flags become a config, the config an Experiment, and that trains, evaluates, decodes, takes a recorded step again, or is
 planned for hardware that is not here. `--fdl_help` explains a config.
@@ -8,6 +9,7 @@ planned for hardware that is not here. `--fdl_help` explains a config.
 
 import json
 import os
+import pathlib
 import shlex
 import signal
 import sys
@@ -26,8 +28,9 @@ JOB_LOG_DIR = absl_flags.DEFINE_string(
 MODE = absl_flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "eval", "decode", "plan", "replay", "check"],
-    "What to do; check: only says whether the config is right and fits the devices.",
+    ["train", "eval", "decode", "plan", "replay", "check", "check_cluster"],
+    "What to do; check: only says whether the config is right and fits the devices; check_cluster: "
+    "whether its processes can start.",
 )
 EVAL_ON_TEST = absl_flags.DEFINE_boolean(
     "eval_on_test", None, "train: evaluate the held-out sets while training."
@@ -122,7 +125,7 @@ def main(argv: list[str]) -> int:
         return _plan(argv, environ, resolved)
     if MODE.value == "check":
         return _check(resolved)
-    return _run(resolved)
+    return _run(resolved, environ)
 
 
 def _refuse_flags_without_effect() -> None:
@@ -148,6 +151,7 @@ def _refuse_flags_without_effect() -> None:
         "decode": ("checkpoint", "checkpoint_step", "prompt", "prompt_file"),
         "replay": ("replay_step",),
         "check": ("devices",),
+        "check_cluster": (),
         "plan": (
             "chip",
             "devices",
@@ -205,11 +209,44 @@ def _build(resolved):
         raise flags.UsageError(str(error).split("\n\nFiddle context")[0]) from error
 
 
-def _run(resolved) -> int:
-    _set_up_jax()
+def _run(resolved, environ: dict[str, str]) -> int:
+    """Alone, or as one of several processes, which watch each other and end together."""
+    from paxlike.cluster import failure
+    from paxlike.cluster.identity import process_start_time
+    from paxlike.cluster.job import Job
+
+    ends, notice = flags.job_end_time(environ)
+    peers = _set_up_jax()
+    job = Job(began=process_start_time(), ends=ends, peers=peers)
+    text = f"{resolved.text}\n\n{notice}\n" if notice else resolved.text
+    try:
+        code = _do(resolved, text, job)
+    except BaseException as error:
+        if peers is None or isinstance(error, SystemExit):
+            raise
+        peers.report(error)
+        peers.wait_for_the_end(failure.code_of(error))
+        raise
+    if peers is not None:
+        peers.close()
+    return code
+
+
+def _describe(error: BaseException) -> str:
+    """An error in one line, with the traceback where it is not paxlike's own."""
+    known = isinstance(error, ValueError | OSError)
+    text = f"error: {error}" if known else ""
+    if not known or not _is_for_the_user(error):
+        text = "".join(traceback.format_exception(error)) + text
+    return text
+
+
+def _do(resolved, text: str, job) -> int:
     experiment = _build(resolved)
     if MODE.value == "train":
-        return experiment.train(JOB_LOG_DIR.value, config=resolved.json, config_text=resolved.text)
+        return experiment.train(JOB_LOG_DIR.value, config=resolved.json, config_text=text, job=job)
+    if MODE.value == "check_cluster":
+        return experiment.check_start(JOB_LOG_DIR.value, config=resolved.json, job=job)
     if MODE.value == "replay":
         return experiment.replay(JOB_LOG_DIR.value, step=REPLAY_STEP.value)
     source = {"checkpoint": CHECKPOINT.value or JOB_LOG_DIR.value, "step": CHECKPOINT_STEP.value}
@@ -283,8 +320,8 @@ def _make_deterministic() -> None:
     xla_flags.make_deterministic(os.environ)
 
 
-def _set_up_jax() -> None:
-    """Everything global about JAX: processes, the compilation cache."""
+def _set_up_jax():
+    """Everything global about JAX: processes, the compilation cache. Returns the watch over the other processes."""
     import jax
 
     from paxlike import compat
@@ -304,9 +341,16 @@ def _set_up_jax() -> None:
         num_hosts=NUM_HOSTS.value,
         host_idx=HOST_IDX.value,
     )
-    if place is not None:
-        print(f"joining: {place}", file=sys.stderr)
-        environment.start(place)
+    if place is None:
+        return None
+    from paxlike.cluster import peers, processes, rank_log
+
+    print(f"joining: {place}", file=sys.stderr)
+    environment.start(place, heartbeat_timeout_seconds=peers.HEARTBEAT_SECONDS)
+    if processes.alone():
+        return None
+    rank_log.keep(pathlib.Path(JOB_LOG_DIR.value), processes.index())
+    return peers.Peers(pathlib.Path(JOB_LOG_DIR.value), describe=_describe)
 
 
 if __name__ == "__main__":
@@ -314,10 +358,9 @@ if __name__ == "__main__":
         code = main(sys.argv)
         # A scheduler may send SIGTERM twice (to the process and to its group): the second one must not turn the exit
         # code of a run that has saved into that of one that was killed.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
         sys.exit(code)
     except (flags.UsageError, ValueError, OSError) as error:  # OSError: files, disks, time-outs
-        if not _is_for_the_user(error):
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        print(_describe(error), file=sys.stderr)
         sys.exit(2)

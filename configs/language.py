@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 import fiddle as fdl
 
+from configs.cluster import ClusterKnobs
 from configs.data import DataKnobs
 from configs.knobs import Knobs
 from configs.mesh import MeshKnobs
@@ -82,7 +83,7 @@ class DecodeKnobs(Knobs):
 
 
 class LanguageModelKnobs(
-    MeshKnobs, OptimizerKnobs, DataKnobs, RunKnobs, DecodeKnobs, abstract=True
+    MeshKnobs, OptimizerKnobs, DataKnobs, RunKnobs, ClusterKnobs, DecodeKnobs, abstract=True
 ):
     """Vocabulary.
 
@@ -152,6 +153,7 @@ class LanguageModelKnobs(
                 window=self.SPIKE_WINDOW,
                 max_recordings=self.SPIKE_MAX,
             ),
+            cluster=self.cluster(),
             logging=fdl.Config(
                 LogOptions,
                 summary_interval_steps=self.SUMMARY_INTERVAL_STEPS,

@@ -18,6 +18,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Upper-case words of the text with an underscore that are no knobs.
 OTHER_NAMES = {
+    "SLURM_JOB_END_TIME",
     "JAX_NUM_CPU_DEVICES",
     "JAX_PLATFORMS",
     "JAX_COMPILATION_CACHE_DIR",

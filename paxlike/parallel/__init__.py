@@ -9,7 +9,7 @@ from paxlike.parallel.context import (
     scatter_length,
 )
 from paxlike.parallel.kernel import Kernel, kernel_init
-from paxlike.parallel.mesh import AXES, BATCH_AXES, Mesh, describe_layout
+from paxlike.parallel.mesh import AXES, BATCH_AXES, Mesh
 from paxlike.parallel.pipeline import AXIS as PIPELINE_AXIS
 from paxlike.parallel.pipeline import (
     LAYER_INPUT,
@@ -54,7 +54,6 @@ __all__ = [
     "check_length",
     "check_pipeline",
     "current_context",
-    "describe_layout",
     "gather_length",
     "kernel_init",
     "named_sharding",

@@ -140,26 +140,6 @@ class Mesh:
         )
 
 
-def describe_layout(mesh: jax.sharding.Mesh) -> str:
-    """Nodes, processes, devices and the mesh in one line, and which axes cross nodes."""
-    devices = list(mesh.devices.flat)
-    nodes = _nodes(devices)
-    node_of = {device: number for number, group in enumerate(nodes) for device in group}
-    numbers = np.vectorize(node_of.__getitem__, otypes=[int])(mesh.devices)
-    crossing = [
-        axis
-        for position, axis in enumerate(mesh.axis_names)
-        if (np.diff(numbers, axis=position) != 0).any()
-    ]
-    text = (
-        f"nodes: {len(nodes)}, processes: {len({d.process_index for d in devices})}, devices: {len(devices)}; "
-        f"mesh {_describe(dict(mesh.shape))}"
-    )
-    if len(nodes) == 1:
-        return text
-    return f"{text}; {', '.join(crossing)} across nodes"
-
-
 def _nodes(devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
     """Devices grouped by the node that holds them: the accelerator's slice where it tells, else the process."""
 

@@ -103,24 +103,6 @@ def test_nodes_are_recognised_and_dcn_axes_go_across_them():
     assert inside.shape == (2, 1, 2, 2)
 
 
-def test_the_layout_names_the_axes_that_cross_nodes():
-    from types import SimpleNamespace
-
-    devices = np.array([Device(i, i // 2, i // 4) for i in range(8)], dtype=object)
-    mesh = SimpleNamespace(
-        devices=devices.reshape(2, 4, 1),
-        axis_names=("data", "fsdp", "tensor"),
-        shape={"data": 2, "fsdp": 4, "tensor": 1},
-    )
-    assert parallel.describe_layout(mesh) == (
-        "nodes: 2, processes: 4, devices: 8; mesh data=2 x fsdp=4 x tensor=1; data across nodes"
-    )
-    mesh.devices = devices.reshape(1, 8, 1)
-    assert parallel.describe_layout(mesh).endswith("; fsdp across nodes")
-    mesh.devices = devices[:4].reshape(1, 4, 1)
-    assert "across" not in parallel.describe_layout(mesh)
-
-
 def test_one_node_may_hold_a_dcn_shape():
     mesh = Mesh(ici=(1, 2, 1), dcn=(2, 1, 1)).build()
     assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 1}
