@@ -47,7 +47,7 @@ OTHER_NAMES = {
 OTHER_FLAGS = {
     "paxlike": {"input", "vocab_size", "output", "tfds", "split", "data_dir", "tokenizer"}
     | {"cache_dir", "workers", "text_key", "labels", "x", "reference", "title", "num", "seq_len"}
-    | {"template", "max_characters"},
+    | {"template", "max_characters", "max_megabytes"},
     "scripts": {"source", "data_dir", "output", "parts", "shapes", "rounds", "steps", "torch"}
     | {"to", "dtype", "max_shard_size", "use"},
     "XLA": {"xla_dump_to", "xla_dump_hlo_as_text", "xla_gpu_enable_dynamic_slice_fusion"}
