@@ -149,6 +149,8 @@ def check(job: Job, num_devices: int | None) -> None:
     """Asks main.py whether the configs are right and fit so many devices; raises its line as ValueError."""
     knobs = [word for word in job.arguments if word.startswith(("--fdl", "--fiddler"))]
     last = job.eval_config or job.config
+    given = {name: value for name, value in job.environment.items() if value is not None}
+    environ = dict(os.environ) | given | {"JAX_PLATFORMS": "cpu"}  # it takes no device
     for config in dict.fromkeys([job.config, last]):
         words = [
             job.python,
@@ -159,7 +161,7 @@ def check(job: Job, num_devices: int | None) -> None:
         ]
         if num_devices is not None:
             words.append(f"--devices={num_devices}")
-        done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+        done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environ)
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
             raise ValueError(lines[-1][len("error: ") :] if lines else done.stderr.strip())

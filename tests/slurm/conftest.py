@@ -147,8 +147,6 @@ class Slurm:
 @pytest.fixture
 def slurm():
     """A Slurm of two nodes; it and all its jobs are gone afterwards."""
-    if os.environ.get("PAXLIKE_NO_SLURM"):
-        pytest.skip("PAXLIKE_NO_SLURM is set")
     missing = [name for name in DAEMONS if not shutil.which(name, path=PATH)]
     if missing:
         pytest.skip(f"{missing[0]} is not installed (scripts/slurm_loopback.sh --install)")
