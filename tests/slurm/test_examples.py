@@ -75,7 +75,7 @@ def test_a_llama_on_boolq_fine_tuned_and_evaluated(slurm, tmp_path):
         (raw / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     prepare("download_boolq.py", raw, data)
     more = knobs(
-        **SHORT | {"LR_COS_DECAY_END": 4},
+        **SHORT | {"LR_COS_DECAY_END": 4, "MAX_SEQ_LEN": 80},
         NUM_KV_HEADS=2,
         FPROP_DTYPE="float32",
         BOOLQ_ANSWERS='["a","b"]',
