@@ -23,7 +23,7 @@ BELOW = {
     "tasks": {"ops", "parallel", "compat", "log"},
     "checkpoint": {"cluster", "parallel", "compat", "log"},
     "weights": {"checkpoint", "cluster", "parallel", "compat", "log"},
-    "train": {"checkpoint", "cluster", "evaluate", "parallel", "compat", "log"},
+    "train": {"checkpoint", "cluster", "evaluate", "ops", "parallel", "compat", "log"},
     "evaluate": {"checkpoint", "train", "parallel", "compat", "log"},
     "decode": {"checkpoint", "train", "parallel", "compat", "log", "data"},
     "plan": {"train", "ops", "parallel", "compat", "log"},
@@ -35,6 +35,8 @@ BELOW = {
         "cluster",
         "data",
         "layers",  # what a base lacks that has adapters
+        "ops",
+        "plan",  # what a compiled step is made of
         "weights",
         "parallel",
         "compat",
@@ -54,6 +56,7 @@ ONLY_IN = {
     "tensorboardX": {"log"},
     "matplotlib": {"log", "plan"},
     "transformer_engine": {"ops"},
+    "qwix": {"ops"},
     "tensorflow": set(),
     "configs": set(),
     "absl": set(),

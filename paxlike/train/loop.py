@@ -7,6 +7,7 @@ the evaluation of step n, so that a run which goes on does not evaluate it again
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import time
 from collections import deque
@@ -365,8 +366,13 @@ class _Run:
         return batch_spec(self.experiment.train_data.spec(rows), self.mesh)
 
     def _compile(self, rows: int):
-        jitted = jit_step(self.experiment, self.factory)
-        return jitted.lower(self.abstract, self._spec(rows)).compile()
+        traced = jit_step(self.experiment, self.factory).trace(self.abstract, self._spec(rows))
+        compiled = traced.lower().compile()
+        if (products := self.experiment.fp8_products(traced, compiled)) is not None:
+            say = self.log.warning if products.missing else self.log.progress.write
+            say(products.line())
+            self.log.event("fp8_products", **dataclasses.asdict(products))
+        return compiled
 
     def _flops(self, rows: int) -> int:
         return model_flops(self.experiment, self.abstract, self._spec(rows))
