@@ -125,7 +125,7 @@ def main(argv: list[str]) -> int:
         return _plan(argv, environ, resolved)
     if MODE.value == "check":
         return _check(resolved)
-    return _run(resolved, environ)
+    return _run(resolved)
 
 
 def _refuse_flags_without_effect() -> None:
@@ -209,13 +209,13 @@ def _build(resolved):
         raise flags.UsageError(str(error).split("\n\nFiddle context")[0]) from error
 
 
-def _run(resolved, environ: dict[str, str]) -> int:
+def _run(resolved) -> int:
     """Alone, or as one of several processes, which watch each other and end together."""
     from paxlike.cluster import failure
     from paxlike.cluster.identity import process_start_time
     from paxlike.cluster.job import Job
 
-    ends, notice = flags.job_end_time(environ)
+    ends, notice = flags.job_end_time(os.environ)
     peers = _set_up_jax()
     job = Job(began=process_start_time(), ends=ends, peers=peers)
     text = f"{resolved.text}\n\n{notice}\n" if notice else resolved.text

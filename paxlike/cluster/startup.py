@@ -18,6 +18,7 @@ import secrets
 import socket
 import statistics
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,6 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from paxlike.cluster import failure, processes
-from paxlike.log.environment import git_revision
 
 MAX_CLOCK_SECONDS = 5.0
 """Difference of clocks that is still accepted."""
@@ -118,7 +118,6 @@ def _gather(name: str, mine: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _facts() -> dict[str, Any]:
     cuda = [f"{name} {_version(name)}" for name in _CUDA if _version(name)]
-    revision = git_revision(Path(__file__).resolve().parent) or _version("paxlike")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "host": socket.gethostname(),
@@ -126,10 +125,21 @@ def _facts() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: _version(name) for name in _PACKAGES},
         "cuda": ", ".join(cuda) or "not installed",
-        "paxlike": revision or "unknown",
+        "paxlike": f"{_version('paxlike') or 'uninstalled'}, sources {_sources()}",
         "XLA_FLAGS": repr(os.environ.get("XLA_FLAGS", "")),
         "memory_gib": round(memory / 2**30, 1),
     }
+
+
+def _sources() -> str:
+    """A digest of this package's files: the same commit may have been edited on one node."""
+    folder = Path(__file__).resolve().parent.parent
+    found = 0
+    for path in sorted(folder.rglob("*.py")):
+        found = zlib.crc32(
+            path.read_bytes(), zlib.crc32(str(path.relative_to(folder)).encode(), found)
+        )
+    return f"{found:08x}"
 
 
 def _devices() -> dict[str, Any]:

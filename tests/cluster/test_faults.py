@@ -132,10 +132,13 @@ def test_a_signal_in_an_evaluation_stops_it_and_it_is_made_up_for(straight, text
     assert assert_time_adds_up(directory, num_starts=2).seconds["lost"] == 0
 
 
-def test_a_time_limit_saves_and_stops(text, tmp_path):
+def test_a_time_limit_saves_and_stops(text, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "32503680000")  # far away: the knob comes first
     knobs = {**text, "MAX_STEPS": 10**6, "EVAL_INTERVAL_STEPS": 10**6, "TIME_LIMIT": 0.3}
     knobs |= {"CHECKPOINT_EVERY_N_STEPS": 10**6, "SUMMARY_INTERVAL_STEPS": 100}
     done = runs.run(tmp_path, knobs, expect=EXIT_PREEMPTED)
+    last_line = (tmp_path / "config.txt").read_text().splitlines()[-1]
+    assert last_line.startswith("# this job ends at 3000-01-01 00:00:00+00:00")
     assert "time limit: saving a checkpoint and stopping" in done.stderr
     (stopped,) = [line for line in lines(tmp_path) if line.get("event") == "stopped"]
     # On a machine so busy that it took no step in 18 seconds there is nothing to save.

@@ -138,6 +138,13 @@ def test_an_error_of_one_process_ends_all_and_is_told_once(tmp_path):
     assert "the disk of the moon is full" in failure(tmp_path)
 
 
+def test_one_that_has_ended_well_waits_for_the_others(tmp_path):
+    with started("late", tmp_path) as both:
+        codes, outputs = zip(*map(ends, both), strict=True)
+    assert codes == (EXIT_LOST, 1)
+    assert "failed: RuntimeError: the last one fails; see " in outputs[0]
+
+
 def test_a_hang_in_which_all_answer_shows_where_each_is(tmp_path):
     with started("sleep", tmp_path) as both:
         codes, outputs = zip(*map(ends, both), strict=True)

@@ -70,6 +70,15 @@ def run_busy(watch, folder: Path) -> None:
     time.sleep(100)
 
 
+def late(watch, folder: Path) -> None:
+    """The last process fails when the others have ended well."""
+    from paxlike.cluster import processes
+
+    if processes.index() == processes.count() - 1:
+        time.sleep(2)
+        raise RuntimeError("the last one fails")
+
+
 def fail(watch, folder: Path) -> None:
     loop(watch, folder, fails_at=20)
 
