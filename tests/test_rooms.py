@@ -13,6 +13,7 @@ BELOW = {
     "compat": set(),
     "scoped": set(),
     "xla_flags": set(),
+    "xla_bundles": {"xla_flags"},
     "log": {"compat"},
     "parallel": {"compat", "scoped"},
     "ops": {"parallel", "compat", "scoped"},
