@@ -4,8 +4,8 @@ from typing import Annotated, Any, Literal
 
 import fiddle as fdl
 from flax import linen as nn
-from flax.linen import fp8_ops
 
+from configs.fp8 import Fp8Knobs
 from configs.language import LanguageModelKnobs
 from paxlike import parallel
 from paxlike.layers import remat
@@ -13,7 +13,7 @@ from paxlike.layers.embedding import Embedding
 from paxlike.layers.stack import Pipeline, Stack
 
 
-class TransformerKnobs(LanguageModelKnobs, abstract=True):
+class TransformerKnobs(Fp8Knobs, LanguageModelKnobs, abstract=True):
     """The blocks."""
 
     NUM_LAYERS: Annotated[int, "transformer blocks"] = 12
@@ -48,7 +48,6 @@ class TransformerKnobs(LanguageModelKnobs, abstract=True):
     ATTENTION_KERNEL: Annotated[
         Literal["auto", "cudnn", "chunked", "reference"], "auto: the fastest that can serve"
     ] = "auto"
-    USE_FP8: Annotated[bool, "FP8 in attention projections and feed-forward layers"] = False
 
     def stack(self, *period: fdl.Config[Any]) -> fdl.Config[Stack]:
         """NUM_LAYERS blocks, those of `period` in turn."""
@@ -58,13 +57,11 @@ class TransformerKnobs(LanguageModelKnobs, abstract=True):
             )
         repeats, microbatches = self.NUM_LAYERS // len(period), self.microbatches()
         stages = self.mesh().shape.get("pipeline", 1)
-        if stages > 1 and self.USE_FP8:
-            raise ValueError(f"USE_FP8=True cannot be used with {stages} pipeline stages yet")
         remat.choice_of(self.CHECKPOINT_LAYERS, repeats)
-        if self.CHECKPOINT_LAYERS != "all" and (stages > 1 or self.USE_FP8):
-            other = f"{stages} pipeline stages" if stages > 1 else "USE_FP8=True"
+        if self.CHECKPOINT_LAYERS != "all" and stages > 1:
             raise ValueError(
-                f"CHECKPOINT_LAYERS='{self.CHECKPOINT_LAYERS}' cannot be used with {other}: set it to all"
+                f"CHECKPOINT_LAYERS='{self.CHECKPOINT_LAYERS}' cannot be used with {stages} pipeline stages: set it "
+                "to all"
             )
         parallel.check_pipeline(
             stages, layers=repeats, microbatches=microbatches, repeats=self.CIRCULAR_REPEAT
@@ -103,7 +100,6 @@ class TransformerKnobs(LanguageModelKnobs, abstract=True):
             "kernel_init": self.init(),
             "dropout": self.DROPOUT_PROB,
             "dtype": self.FPROP_DTYPE,
-            "dot_general_cls": fp8_ops.Fp8DotGeneralOp if self.USE_FP8 else None,
         }
 
     def attention_backend(self) -> str:

@@ -32,6 +32,8 @@ from paxlike.evaluate import EvalOptions
 from paxlike.layers import lora
 from paxlike.log.progress import Progress
 from paxlike.log.run_log import RunLog
+from paxlike.ops import platform
+from paxlike.plan import fp8, hlo
 from paxlike.train import loop, replay
 from paxlike.train.best import BestOptions
 from paxlike.train.optimizer import Optimizer
@@ -300,6 +302,12 @@ class Experiment:
 
         places = {name: leaf.sharding for name, leaf in wanted.items()}
         return with_leaves(dict(abstract), jax.jit(start, out_shardings=places)())
+
+    def fp8_products(self, traced: Any, compiled: Any) -> fp8.Products | None:
+        """8-bit products in a step that was compiled for a GPU; None where none were asked for, and elsewhere."""
+        if not platform.is_nvidia() or not fp8.asked_for(traced):
+            return None
+        return fp8.count(traced, hlo.parse(compiled.as_text()))
 
     def open_log(self, directory: Path, *, num_steps: int | None = None) -> RunLog:
         """The log in `directory`; `num_steps` of the training, None where there is none."""

@@ -23,7 +23,7 @@ BELOW = {
     "tasks": {"ops", "parallel", "compat", "log"},
     "checkpoint": {"parallel", "compat", "log"},
     "weights": {"checkpoint", "parallel", "compat", "log"},
-    "train": {"checkpoint", "evaluate", "parallel", "compat", "log"},
+    "train": {"checkpoint", "evaluate", "ops", "parallel", "compat", "log"},
     "evaluate": {"checkpoint", "train", "parallel", "compat", "log"},
     "decode": {"checkpoint", "train", "parallel", "compat", "log", "data"},
     "plan": {"train", "ops", "parallel", "compat", "log"},
@@ -34,6 +34,8 @@ BELOW = {
         "checkpoint",
         "data",
         "layers",  # what a base lacks that has adapters
+        "ops",
+        "plan",  # what a compiled step is made of
         "weights",
         "parallel",
         "compat",
@@ -53,6 +55,7 @@ ONLY_IN = {
     "tensorboardX": {"log"},
     "matplotlib": {"log", "plan"},
     "transformer_engine": {"ops"},
+    "qwix": {"ops"},
     "tensorflow": set(),
     "configs": set(),
     "absl": set(),

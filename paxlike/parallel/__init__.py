@@ -10,6 +10,7 @@ from paxlike.parallel.context import (
 )
 from paxlike.parallel.kernel import Kernel, kernel_init
 from paxlike.parallel.mesh import AXES, BATCH_AXES, Mesh
+from paxlike.parallel.pipeline import AXIS as PIPELINE_AXIS
 from paxlike.parallel.pipeline import (
     LAYER_INPUT,
     bubble,
@@ -39,6 +40,7 @@ __all__ = [
     "BATCH_AXES",
     "DEFAULT_RULES",
     "LAYER_INPUT",
+    "PIPELINE_AXIS",
     "Context",
     "Kernel",
     "Mesh",

@@ -7,6 +7,7 @@ the evaluation of step n, so that a run which goes on does not evaluate it again
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections import deque
 from collections.abc import Mapping
@@ -266,12 +267,23 @@ class _Run:
         return batch_spec(self.experiment.train_data.spec(rows), self.mesh)
 
     def _compile(self, rows: int):
+        traced = self._trace(rows)
+        compiled = traced.lower().compile()
+        if (products := self.experiment.fp8_products(traced, compiled)) is not None:
+            say = self.log.warning if products.missing else self.log.progress.write
+            say(products.line())
+            self.log.event("fp8_products", **dataclasses.asdict(products))
+        return compiled
+
+    def _trace(self, rows: int):
+        """The traced step, whose kernels are known to be right; says which they are."""
+
         def trace():
             jitted = jit_step(self.experiment, self.factory)
             return jitted.trace(self.abstract, self._spec(rows))
 
         if self.experiment.kernels is None:
-            return trace().lower().compile()
+            return trace()
         settled = self.experiment.kernels.settle(trace)
         for line in settled.checks:
             self.log.progress.write(f"checked: {line}")
@@ -282,7 +294,7 @@ class _Run:
             self.log.event("attention", kernels=settled.line)
             if settled.is_news:
                 self.log.progress.write(f"attention: {settled.line}")
-        return settled.traced.lower().compile()
+        return settled.traced
 
     def _flops(self, rows: int) -> int:
         return model_flops(self.experiment, self.abstract, self._spec(rows))
