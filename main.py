@@ -121,6 +121,7 @@ def main(argv: list[str]) -> int:
         print(f"note: {notice}", file=sys.stderr)
     if getattr(resolved.tree, "deterministic", False):
         _make_deterministic()
+    _set_xla_flags(resolved)
     if MODE.value == "plan":
         return _plan(argv, environ, resolved)
     if MODE.value == "check":
@@ -318,6 +319,29 @@ def _make_deterministic() -> None:
             f"DETERMINISTIC=True comes too late: jax has started already without {xla_flags.DETERMINISTIC}"
         )
     xla_flags.make_deterministic(os.environ)
+
+
+def _set_xla_flags(resolved) -> None:
+    """The bundle of compiler flags, and a check of all flags; jax reads them when it starts its devices."""
+    from paxlike import compat, xla_bundles
+
+    name = getattr(resolved.tree, "xla_bundle", "none")
+    if compat.has_started():
+        if name not in ("auto", "none"):
+            raise flags.UsageError(f"XLA_BUNDLE={name} comes too late: jax has started already")
+        return
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", COMPILATION_CACHE.value)
+    bundle, added = xla_bundles.apply(name, os.environ, folder=cache)
+    level = bundle.optimization_level
+    if level and "JAX_OPTIMIZATION_LEVEL" in os.environ:
+        level = None
+    if level:
+        import jax
+
+        jax.config.update("jax_optimization_level", level)
+    if added or level:
+        words = [*added, *([f"optimisation level {level}"] if level else [])]
+        print(f"XLA bundle {bundle.name}: {' '.join(words)}", file=sys.stderr)
 
 
 def _set_up_jax():

@@ -52,6 +52,10 @@ class RunKnobs(Knobs):
     DETERMINISTIC: Annotated[
         bool, "the same run gives the same bits on GPUs too, where that takes slower kernels"
     ] = False
+    XLA_BUNDLE: Annotated[
+        Literal["auto", "none", "gpu", "gpu-sharded"],
+        "compiler flags; auto: gpu where there is an NVIDIA GPU, else none",
+    ] = "auto"
     CHECK_KERNELS: Annotated[
         bool, "compare fast kernels with the plain ones before the first training on a machine"
     ] = True
@@ -124,6 +128,7 @@ class LanguageModelKnobs(
             accumulation_dtype=self.GRADIENT_ACCUMULATION_DTYPE,
             seed=self.SEED,
             deterministic=self.DETERMINISTIC,
+            xla_bundle=self.XLA_BUNDLE,
             compute_dtype=self.FPROP_DTYPE,
             train_data=self.train_data(),
             eval_data={name: self.eval_data(name) for name in self.EVAL_SETS},

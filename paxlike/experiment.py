@@ -104,6 +104,7 @@ class Experiment:
       train_data, eval_data: loaders; the held-out ones by name.
       tokenizer: text <-> ids, None where there is no text.
       deterministic: on GPUs too, the same run gives the same bits (see `paxlike.xla_flags`).
+      xla_bundle: compiler flags by name (see `paxlike.xla_bundles`); main.py sets them before jax starts.
       initial_weights: what a fresh run starts from, None for random weights.
       weights: how other programs name the weights (`paxlike.weights`), None where none has such a model.
       recorder: which steps are recorded as loss spikes.
@@ -131,6 +132,7 @@ class Experiment:
     accumulation_dtype: str = "float32"
     seed: int = 1234
     deterministic: bool = False
+    xla_bundle: str = "none"
     compute_dtype: str = "float32"
     initial_weights: InitialWeights | None = None
     weights: Any = None

@@ -13,6 +13,7 @@ BELOW = {
     "compat": set(),
     "scoped": set(),
     "xla_flags": set(),
+    "xla_bundles": {"xla_flags"},
     "log": {"compat"},
     "cluster": {"compat", "log"},
     "parallel": {"compat", "scoped"},

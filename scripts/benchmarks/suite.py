@@ -124,7 +124,13 @@ def run(options: argparse.Namespace) -> int:
             print(f"{len(rows) - number + 1} rows are left: give the same command again")
             break
         print(f"[{number}/{len(rows)}] {row.name} ...", file=sys.stderr, flush=True)
-        found = measure(row, planned.get(row.name, {}), environment, device, smoke=options.smoke)
+        before = planned.get(row.name, {})
+        if device is None:  # as many layers as fitted with another backend are a good guess
+            before = next(
+                (r for r in kept["rows"].values() if r["config"] == row.config and "layers" in r),
+                {},
+            )
+        found = measure(row, before, environment, device, smoke=options.smoke)
         kept["rows"][row.name] = found
         if path is not None:
             part = path.with_suffix(".part")
@@ -157,6 +163,7 @@ def measure(
         "knobs": {"ICI_MESH_SHAPE": [1, 1, 1], "DCN_MESH_SHAPE": [1, 1, 1], **row.knobs},
         "layers": about.get("layers", row.layers),
         "whole": row.layers,
+        "guess": planned.get("layers"),
         "plan": device is None,
         "smoke": smoke,
     }

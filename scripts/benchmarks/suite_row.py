@@ -5,11 +5,13 @@ python -m scripts.benchmarks.suite_row '{"config": "configs.gpt.Synthetic126M", 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
 import statistics
 import sys
+import tempfile
 import time
 from typing import Any
 
@@ -17,7 +19,7 @@ import jax
 import numpy as np
 
 from configs import flags
-from paxlike import parallel, xla_flags
+from paxlike import parallel, xla_bundles, xla_flags
 from paxlike.log.throughput import MFU_CONVENTION, peak_flops
 from paxlike.plan import planner, target
 from paxlike.plan.chips import find_chip
@@ -84,19 +86,23 @@ def _planned(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def _deepest(task: dict[str, Any], whole: int):
-    """(layers, plan) of the most layers that fit, found by the slope of the peak in a few compiles."""
-    plans = {n: _plan(task, n) for n in (1, 2)}
-    for _ in range(4):
-        fitting = max((n for n, plan in plans.items() if plan.fits), default=1)
+    """(layers, plan) of the most layers that fit, in a few compiles: from a guess, or by the slope of the peak."""
+    guess = task.get("guess")
+    plans = {n: _plan(task, n) for n in ((guess,) if guess else (1, 2))}
+    for _ in range(5):
+        fitting = max((n for n, plan in plans.items() if plan.fits), default=0)
         above = min((n for n, plan in plans.items() if not plan.fits), default=whole + 1)
         if above - fitting <= 1:
             break
-        (n, a), (m, b) = sorted(plans.items())[-2:]
-        slope = max((b.memory.peak - a.memory.peak) / (m - n), 1)
-        wanted = n + int((a.usable_memory - a.memory.peak) / slope)
+        if len(plans) == 1:
+            wanted = guess + (1 if fitting else -1)
+        else:
+            (n, a), (m, b) = sorted(plans.items())[-2:]
+            slope = max((b.memory.peak - a.memory.peak) / (m - n), 1)
+            wanted = n + int((a.usable_memory - a.memory.peak) / slope)
         wanted = min(max(wanted, fitting + 1), above - 1)
         plans[wanted] = _plan(task, wanted)
-    fitting = max((n for n, plan in plans.items() if plan.fits), default=1)
+    fitting = max((n for n, plan in plans.items() if plan.fits), default=min(plans))
     return fitting, plans[fitting]
 
 
@@ -127,7 +133,10 @@ def _measured(task: dict[str, Any]) -> dict[str, Any]:
         xla_flags.make_deterministic(os.environ)
     layers, whole = task["layers"], task["whole"]
     experiment, knobs = experiment_of(task, layers)
-    experiment = experiment.on_devices(1)
+    verdicts = os.path.join(tempfile.gettempdir(), "paxlike-suite")  # kept from row to row
+    xla_bundles.apply(experiment.xla_bundle, os.environ, folder=verdicts)
+    kernels = dataclasses.replace(experiment.kernels, folder=verdicts)
+    experiment = dataclasses.replace(experiment, kernels=kernels).on_devices(1)
     device = jax.devices()[0]
     mesh = experiment.mesh.build([device])
     shapes = experiment.train_data.spec(experiment.global_batch_size)

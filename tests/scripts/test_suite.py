@@ -71,8 +71,8 @@ def test_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
     def measure(row, *_, **__):
         asked.append(row.name)
         if row.name == "5b fp8":
-            return {"failed": "out of luck", "pax": None}
-        return PLANNED
+            return {"failed": "out of luck", "pax": None, "config": row.config}
+        return {**PLANNED, "config": row.config}
 
     monkeypatch.setattr(suite, "measure", measure)
     assert suite.run(options(tmp_path, rows="5b")) == 1
