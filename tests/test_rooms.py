@@ -54,6 +54,7 @@ ONLY_IN = {
     "tensorboardX": {"log"},
     "matplotlib": {"log", "plan"},
     "transformer_engine": {"ops"},
+    "qwix": {"ops"},
     "tensorflow": set(),
     "configs": set(),
     "absl": set(),
