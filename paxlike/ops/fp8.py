@@ -16,7 +16,8 @@ training ends with `advance`.
 The products are written with 8-bit operands, not as products of rounded bfloat16 that a compiler has to recognise:
 where XLA does not, it falls back without a word. That is why `flax.linen.fp8_ops.Fp8DotGeneralOp` (deprecated for the
 same reason) is not used; its successor has no margin and no current scaling, counts each microbatch as a step, keeps a
-gathered weight for the backward pass, and lets one non-finite amax stop the scale for as long as the history is.
+gathered weight for the backward pass, and lets one non-finite amax stop the scale for as long as the history is. qwix
+has current scaling only.
 
 Values that are not finite become NaN, so that a step which overflows is seen and skipped as it is without FP8; as an
 amax they count as not seen.
