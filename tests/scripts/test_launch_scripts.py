@@ -225,7 +225,6 @@ def test_llama_boolq_evaluates_weights_as_they_are(root):
         ({"CHECKPOINT_RESTORE_PATH": ""}, "set CHECKPOINT_RESTORE_PATH"),
         ({"USE_LORA": "True"}, "USE_LORA=True: it must be 0 or 1"),
         ({"USE_MULTIPROCESS": "1"}, "set LOG_DIR to a folder that all processes see"),
-        ({"ENABLE_TE": "1"}, "Transformer Engine is not wired yet"),
     ],
 )
 def test_llama_boolq_says_what_is_wrong_in_one_line(root, environment, message):
