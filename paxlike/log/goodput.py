@@ -39,6 +39,7 @@ KINDS = {
     "down": "down",
 }
 """Every kind of time, with its name for people; the last two are known only to who reads."""
+_MOST_COLUMNS = 6
 _REPEATED = ("step", "data", "evaluation", "checkpoint")  # what is computed again after a restart
 
 
@@ -133,18 +134,20 @@ class Goodput:
         return json.dumps(_rounded(whole), indent=1) + "\n"
 
     def table(self) -> str:
-        """To read by people: a line for each kind, and for each start where there are several."""
+        """To read by people: a line, or where there are several starts a table with the latest of them."""
         steps = f"{self.share:.0%} of {duration(self.wall_seconds)} were steps that count"
         shown = [kind for kind in KINDS if self.seconds.get(kind, 0.0) >= 0.05]
         if len(self.starts) == 1:
             parts = [f"{KINDS[kind]} {duration(self.seconds[kind])}" for kind in shown]
             return f"time: {steps} ({', '.join(parts)})"
-        rows = [["", *(f"start {n}" for n in range(1, len(self.starts) + 1)), "all", ""]]
+        latest = self.starts[-_MOST_COLUMNS:]
+        first = len(self.starts) - len(latest) + 1
+        rows = [["", *(f"start {n}" for n, _ in enumerate(latest, first)), "all", ""]]
         for kind in shown:
-            cells = [s.seconds.get(kind, 0.0) for s in self.starts] + [self.seconds[kind]]
+            cells = [start.seconds.get(kind, 0.0) for start in latest] + [self.seconds[kind]]
             texts = [duration(cell) if cell >= 0.05 else "-" for cell in cells]
             rows.append([KINDS[kind], *texts, f"{cells[-1] / self.wall_seconds:.1%}"])
-        reached = ["-" if s.step is None else f"{s.step:,}" for s in self.starts]
+        reached = ["-" if start.step is None else f"{start.step:,}" for start in latest]
         rows.append(["last step", *reached, "", ""])
         wide = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = [
@@ -199,7 +202,7 @@ def plot_goodput(goodput: Goodput, output_png: str | os.PathLike) -> pathlib.Pat
     unit, name = _unit(goodput.wall_seconds)
     origin = goodput.starts[0].began
     with pyplot.rc_context(STYLE):
-        height = 1.9 + 0.45 * len(goodput.starts)
+        height = min(1.9 + 0.45 * len(goodput.starts), 12.0)
         figure, axes = pyplot.subplots(figsize=(9, height), layout="constrained")
         for row, start in enumerate(goodput.starts):
             left = (start.began - origin) / unit

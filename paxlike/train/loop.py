@@ -169,6 +169,7 @@ class _Run:
             while len(waiting) > limit:
                 done, metrics, its, origin = waiting.popleft()
                 metrics = jax.device_get(metrics)  # waits for this step, while later ones run
+                self.watchdog.step(done)
                 log.train(done, metrics, **its)
                 if done % options.summary_interval_steps == 0:
                     self._record(done)
@@ -226,7 +227,6 @@ class _Run:
             self.ledger.move(about["data_wait_seconds"], "step", "data")
             waiting.append((done, metrics, about, Origin(first_row, batch)))
             settle(_max_in_flight())
-            self.watchdog.step(done)
             last, better, enough = done == experiment.num_steps, False, False
             due = experiment.evaluation.due(done, experiment.num_steps)
             owes = due and not evaluate(done)

@@ -102,6 +102,27 @@ def test_one_start_is_one_line(tmp_path):
     assert not (folder / "goodput.png").exists()
 
 
+def test_of_many_starts_the_latest_are_shown(tmp_path):
+    records = [(10.0 * n, 0, 1, {"step": 5.0}) for n in range(50)]
+    table = write_report(write(tmp_path, *records)).table().splitlines()
+    assert table[1].split() == [
+        "start",
+        "45",
+        "start",
+        "46",
+        "start",
+        "47",
+        "start",
+        "48",
+        "start",
+        "49",
+        "start",
+        "50",
+        "all",
+    ]
+    assert max(map(len, table)) < 100
+
+
 def test_a_run_without_such_events_is_named(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"event": "environment", "time": 1}\n')
     with pytest.raises(ValueError, match="has the event 'goodput'"):
