@@ -33,7 +33,6 @@ PARTS = {
     "step": "steps.step",
     "mesh": "steps.mesh",
     "host": "steps.host",
-    "gpu": "steps.gpu",
     "compile": "parts.compile_time",
     "startup": "parts.startup",
     "data": "parts.data",

@@ -221,7 +221,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
             str(row["rows"]),
             f"{1e3 * seconds:.1f}" if seconds else "not measured",
             f"{row['tokens'] / seconds:,.0f}" if seconds else "",
-            f"{row['flops'] / seconds / row['peak_flops']:.1%}" if seconds else "",
+            f"{row['flops'] / speed / row['peak_flops']:.1%}" + ("" if measured else " (planned)"),
             f"{peak / 2**30:.1f}" if peak else "",
             f"{row['compile_seconds']:.0f}",
             f"{row['first_step_seconds']:.1f}" if measured else "",
