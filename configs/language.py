@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 import fiddle as fdl
 
+from configs.cluster import ClusterKnobs
 from configs.data import DataKnobs
 from configs.knobs import Knobs
 from configs.mesh import MeshKnobs
@@ -90,7 +91,7 @@ class DecodeKnobs(Knobs):
 
 
 class LanguageModelKnobs(
-    MeshKnobs, OptimizerKnobs, DataKnobs, RunKnobs, DecodeKnobs, abstract=True
+    MeshKnobs, OptimizerKnobs, DataKnobs, RunKnobs, ClusterKnobs, DecodeKnobs, abstract=True
 ):
     """Vocabulary.
 
@@ -162,6 +163,7 @@ class LanguageModelKnobs(
                 max_recordings=self.SPIKE_MAX,
             ),
             kernels=fdl.Config(KernelCheck, enabled=self.CHECK_KERNELS),
+            cluster=self.cluster(),
             logging=fdl.Config(
                 LogOptions,
                 summary_interval_steps=self.SUMMARY_INTERVAL_STEPS,

@@ -66,7 +66,8 @@ def apply_lora(tree: fdl.Config[Experiment], knobs: LoraKnobs) -> fdl.Config[Exp
             "nf4",
         ):
             raise ValueError(
-                f"LORA_BASE='{knobs.LORA_BASE}' and USE_FP8=True are two ways to store a weight: choose one"
+                f"LORA_BASE='{knobs.LORA_BASE}' and {'USE_TE' if getattr(knobs, 'USE_TE', False) else 'USE_FP8'}=True "
+                "are two ways to store a weight: choose one"
             )
         names = {f"{path}/{name}": name for name in projections(node)}
         paths += names

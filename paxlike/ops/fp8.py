@@ -16,7 +16,8 @@ training ends with `advance`.
 The products are written with 8-bit operands, not as products of rounded bfloat16 that a compiler has to recognise:
 where XLA does not, it falls back without a word. That is why `flax.linen.fp8_ops.Fp8DotGeneralOp` (deprecated for the
 same reason) is not used; its successor has no margin and no current scaling, counts each microbatch as a step, keeps a
-gathered weight for the backward pass, and lets one non-finite amax stop the scale for as long as the history is.
+gathered weight for the backward pass, and lets one non-finite amax stop the scale for as long as the history is. qwix
+has current scaling only.
 
 Values that are not finite become NaN, so that a step which overflows is seen and skipped as it is without FP8; as an
 amax they count as not seen.
@@ -26,6 +27,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -99,19 +101,27 @@ class DotGeneral(nn.Module):
             raise ValueError(
                 f"FP8 multiplies rows with a weight, not along the dimensions {dimension_numbers}"
             )
-        inputs, outputs = kernel.shape[0], kernel.size // kernel.shape[0]
-        if inputs % MULTIPLE or outputs % MULTIPLE:
-            layer = "/".join(self.path[:-1])
-            raise ValueError(
-                f"FP8 needs sizes that are multiples of {MULTIPLE}, and {layer} is {inputs} x {outputs}: change them, "
-                "or leave the layer out with FP8_LAYERS"
-            )
+        check_sizes("/".join(self.path[:-1]), kernel.shape)
         check_hardware()
         if self.fp8.recipe == "current":
             return product(x, kernel, None, self.fp8.margin)
-        shape = (3, self.fp8.amax_history)
-        history = self.variable(STATE, "amax_history", jnp.zeros, shape, jnp.float32)
-        return product(x, kernel, _peaks(history.value), self.fp8.margin)
+        seen = peaks(history(self, self.fp8.amax_history))
+        return product(x, kernel, seen, self.fp8.margin)
+
+
+def history(module: nn.Module, steps: int) -> Float[Array, "3 n"]:
+    """The history of the weight that `module` multiplies by."""
+    return module.variable(STATE, "amax_history", jnp.zeros, (3, steps), jnp.float32).value
+
+
+def check_sizes(layer: str, shape: tuple[int, ...], multiple: int = MULTIPLE) -> None:
+    """Raises one line where the sides of a weight (inputs, *features) are no multiples."""
+    inputs, outputs = shape[0], math.prod(shape[1:])
+    if inputs % multiple or outputs % multiple:
+        raise ValueError(
+            f"FP8 needs sizes that are multiples of {multiple}, and {layer} is {inputs} x {outputs}: change them, or "
+            "leave the layer out with FP8_LAYERS"
+        )
 
 
 def check_hardware() -> None:
@@ -229,11 +239,12 @@ _copies.defvjp(lambda history, count: (_copies(history, count), history), _copie
 
 
 @jax.custom_vjp
-def _peaks(history):
+def peaks(history: Float[Array, "3 n"]) -> Float[Array, "3"]:
+    """The largest of a history; what is given back for it is what was seen."""
     return jnp.max(history, axis=-1)
 
 
-_peaks.defvjp(lambda history: (_peaks(history), history), lambda like, seen: (_newest(like, seen),))
+peaks.defvjp(lambda history: (peaks(history), history), lambda like, seen: (_newest(like, seen),))
 
 
 def _newest(like, seen):
