@@ -158,6 +158,7 @@ def _measured(task: dict[str, Any]) -> dict[str, Any]:
         started = time.monotonic()
         step = settled.traced.lower().compile()
         compiled = time.monotonic() - started
+        products = experiment.fp8_products(settled.traced, step)
         state = jax.block_until_ready(factory.initialize(experiment.seed))
         batch = {
             name: jax.device_put(_random(leaf, knobs), leaf.sharding) for name, leaf in spec.items()
@@ -192,6 +193,7 @@ def _measured(task: dict[str, Any]) -> dict[str, Any]:
         "mfu_convention": MFU_CONVENTION,
         "attention": settled.line,
         "kernel_checks": checks,
+        "fp8_products": None if products is None else products.line(),
         "seconds": together,
         "single_seconds": statistics.median(taken),
         "first_step_seconds": first,
