@@ -33,7 +33,6 @@ PARTS = {
     "step": "steps.step",
     "mesh": "steps.mesh",
     "host": "steps.host",
-    "gpu": "steps.gpu",
     "compile": "parts.compile_time",
     "startup": "parts.startup",
     "data": "parts.data",
@@ -85,7 +84,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--rows", help="of the suite, whose names contain one of these, between commas"
     )
     parser.add_argument(
-        "--minutes", type=float, default=9.5, help="of the suite: no row is begun after them"
+        "--minutes", type=float, default=8.5, help="of the suite: no row is begun after them"
     )
     parser.add_argument(
         "--wheelhouse", type=Path, help="of the suite: wheels that this machine may lack"

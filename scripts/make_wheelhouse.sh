@@ -15,7 +15,7 @@ if [[ $# -ne 1 || $1 == -* ]]; then
 fi
 packages=(
     fiddle graphviz libcst pyyaml jaxtyping wadler-lindig tensorboardx cloudpickle tqdm etils zstandard absl-py
-    simplejson humanize nest-asyncio grain array-record tokenizers jinja2 markupsafe
+    simplejson humanize nest-asyncio grain portpicker psutil array-record tokenizers jinja2 markupsafe
 )
 wanted=()
 for name in "${packages[@]}"; do

@@ -1,4 +1,4 @@
-"""Parts that compare training steps: on one device, on a mesh of virtual ones, by host time, on a GPU."""
+"""Parts that compare training steps: on one device, on a mesh of virtual ones, by host time."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from scripts.benchmarks.protocol import ROOT, Worker
 from scripts.benchmarks.shapes import SHAPES
 
 MESHES = {"fsdp 4": (1, 4, 1), "tensor 4": (1, 1, 4), "fsdp 2 x tensor 2": (1, 2, 2)}
-PAX_SEQUENCES_PER_SECOND = 73.6  # per H100, Pax's GPT-3 126M at 4 sequences of 2,048 per GPU
-H100_BF16_FLOPS = 989e12
 
 
 def step(options: argparse.Namespace) -> dict[str, Any]:
@@ -46,27 +44,6 @@ def host(options: argparse.Namespace) -> dict[str, Any]:
     workers = [_jax(kind, "host", scan=True) for kind in ("paxlike", "bare")]
     result = take_turns(workers, options.rounds, 5 if options.smoke else 200, SHAPES["host"].tokens)
     show("host", result)
-    return result
-
-
-def gpu(options: argparse.Namespace) -> dict[str, Any]:
-    """GPT-3 126M in bfloat16 on one GPU, cuDNN's attention against the plain one."""
-    shape, result = SHAPES["126m"], {}
-    workers = [
-        _jax("paxlike", "126m", label=name, platform="cuda", dtype="bfloat16", implementation=name)
-        for name in ("cudnn", "reference")
-    ]
-    sides = take_turns(workers, options.rounds, 20, shape.tokens)
-    for name, side in sides["sides"].items():
-        seconds = side["median_seconds"]
-        side["sequences_per_second"] = shape.rows / seconds
-        side["mfu"] = 3 * shape.forward_flops() / seconds / H100_BF16_FLOPS
-        side["over_pax"] = side["sequences_per_second"] / PAX_SEQUENCES_PER_SECOND
-        print(
-            f"{name}: {side['sequences_per_second']:.1f} sequences/s ({side['over_pax']:.2f} x Pax), "
-            f"MFU {side['mfu']:.1%} (989 TFLOP/s, causal half of the scores)"
-        )
-    result["sides"] = sides["sides"]
     return result
 
 

@@ -124,12 +124,7 @@ def run(options: argparse.Namespace) -> int:
             print(f"{len(rows) - number + 1} rows are left: give the same command again")
             break
         print(f"[{number}/{len(rows)}] {row.name} ...", file=sys.stderr, flush=True)
-        before = planned.get(row.name, {})
-        if device is None:  # as many layers as fitted with another backend are a good guess
-            before = next(
-                (r for r in kept["rows"].values() if r["config"] == row.config and "layers" in r),
-                {},
-            )
+        before = _known(row, planned if device else kept["rows"])
         found = measure(row, before, environment, device, smoke=options.smoke)
         kept["rows"][row.name] = found
         if path is not None:
@@ -156,12 +151,9 @@ def measure(
     about |= {"pax": row.pax}
     if missing:
         return {**about, "skipped": f"{', '.join(missing)} is not installed"}
-    if device and "layers" in planned:
-        about["layers"] = planned["layers"]
     task = {
         "config": row.config,
         "knobs": {"ICI_MESH_SHAPE": [1, 1, 1], "DCN_MESH_SHAPE": [1, 1, 1], **row.knobs},
-        "layers": about.get("layers", row.layers),
         "whole": row.layers,
         "guess": planned.get("layers"),
         "plan": device is None,
@@ -171,23 +163,50 @@ def measure(
     if device is None:
         env["JAX_PLATFORMS"] = "cpu"
     else:
-        env.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+        env.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    layers = None if row.layers is None else planned.get("layers", row.layers)
+    # Where memory is in pieces, a layer or two less than planned.
+    for fewer in range(1 if device is None or layers is None else min(3, layers)):
+        task["layers"] = layers if layers is None else layers - fewer
+        found = _in_a_process(task, env)
+        if "RESOURCE_EXHAUSTED" not in found.get("failed", ""):
+            break
+    if (
+        "seconds" in found
+        and found["layers"] == planned.get("layers")
+        and "plan_seconds" in planned
+    ):
+        for name in ("plan_seconds", "plan_peak_bytes"):
+            found[name] = planned[name]
+    return {**about, **found}
+
+
+def _in_a_process(task: dict[str, Any], env: dict[str, str]) -> dict[str, Any]:
+    """What `suite_row` answers, or `failed` with the end of its report."""
     command = [sys.executable, "-m", "scripts.benchmarks.suite_row", json.dumps(task)]
     try:
         done = subprocess.run(
             command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900, check=False
         )
     except subprocess.TimeoutExpired:
-        return {**about, "failed": "took more than 900 s"}
+        return {"failed": "took more than 900 s"}
     answers = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode or not answers:
-        lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
-        return {**about, "failed": (lines or ["no answer"])[-1][:400]}
-    found = {**about, **json.loads(answers[-1])}
-    if "seconds" in found and planned.get("plan_seconds"):
-        for name in ("plan_seconds", "plan_peak_bytes"):
-            found[name] = planned[name]
-    return found
+    if done.returncode == 0 and answers:
+        return json.loads(answers[-1])
+    lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
+    said = next(
+        (line for line in lines if "RESOURCE_EXHAUSTED" in line), (lines or ["nothing"])[-1]
+    )
+    return {"failed": said[:400]}
+
+
+def _known(row: Row, rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What is known of this row; where that is nothing, the fewest layers that fitted with another backend."""
+    found = rows.get(row.name, {})
+    if "layers" in found:
+        return found
+    others = [r["layers"] for r in rows.values() if r["config"] == row.config and "layers" in r]
+    return {"layers": min(others)} if others else {}
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
@@ -221,7 +240,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
             str(row["rows"]),
             f"{1e3 * seconds:.1f}" if seconds else "not measured",
             f"{row['tokens'] / seconds:,.0f}" if seconds else "",
-            f"{row['flops'] / seconds / row['peak_flops']:.1%}" if seconds else "",
+            f"{row['flops'] / speed / row['peak_flops']:.1%}" + ("" if measured else " (planned)"),
             f"{peak / 2**30:.1f}" if peak else "",
             f"{row['compile_seconds']:.0f}",
             f"{row['first_step_seconds']:.1f}" if measured else "",

@@ -92,6 +92,33 @@ def test_no_row_is_begun_when_the_time_is_over(tmp_path, monkeypatch, capsys):
     assert f"{len(suite.ROWS)} rows are left" in capsys.readouterr().out
 
 
+def test_a_row_that_does_not_fit_is_measured_with_fewer_layers(monkeypatch):
+    asked = []
+
+    def answer(task, env):
+        asked.append(task["layers"])
+        if task["layers"] > 15:
+            return {"failed": "JaxRuntimeError: RESOURCE_EXHAUSTED: Out of memory"}
+        return {"seconds": 1.0, "layers": task["layers"]}
+
+    monkeypatch.setattr(suite, "_in_a_process", answer)
+    (row,) = (row for row in suite.ROWS if row.name == "5b cudnn")
+    planned = {"layers": 16, "plan_seconds": 0.8, "plan_peak_bytes": 1}
+    found = suite.measure(row, planned, {}, "NVIDIA H100 80GB HBM3")
+    assert asked == [16, 15] and found["layers"] == 15 and "plan_seconds" not in found
+    found = suite.measure(row, {**planned, "layers": 12}, {}, "NVIDIA H100 80GB HBM3")
+    assert found["layers"] == 12 and found["plan_seconds"] == 0.8
+
+
+def test_a_backend_that_was_not_planned_takes_the_fewest_layers_of_the_others():
+    planned = json.loads(suite.PLANNED.read_text())["rows"]
+    for row in suite.ROWS:
+        known = suite._known(row, planned)
+        assert known["layers"] == planned[row.name].get("layers", known["layers"])
+        if row.name == "7b te fp8":
+            assert known["layers"] == planned["7b sft"]["layers"] < planned["7b lora"]["layers"]
+
+
 def test_a_missing_backend_is_said(tmp_path):
     row = suite.Row("x", config="configs.gpt.Synthetic126M", knobs={}, needs=("no_such_module",))
     found = suite.measure(row, {}, {"PATH": ""}, None)
