@@ -45,6 +45,9 @@ class TransformerKnobs(Fp8Knobs, LanguageModelKnobs, abstract=True):
     USE_CUDNN_FLASH_ATTENTION: Annotated[
         bool | None, "cuDNN attention; None: where it can serve"
     ] = None
+    ATTENTION_KERNEL: Annotated[
+        Literal["auto", "cudnn", "chunked", "reference"], "auto: the fastest that can serve"
+    ] = "auto"
 
     def stack(self, *period: fdl.Config[Any]) -> fdl.Config[Stack]:
         """NUM_LAYERS blocks, those of `period` in turn."""
@@ -100,8 +103,17 @@ class TransformerKnobs(Fp8Knobs, LanguageModelKnobs, abstract=True):
         }
 
     def attention_backend(self) -> str:
-        """The implementation of attention."""
-        return {None: "auto", True: "cudnn", False: "xla"}[self.USE_CUDNN_FLASH_ATTENTION]
+        """The kernel of attention, by its name in `paxlike.ops.attention_kernels`."""
+        asked, given = self.USE_CUDNN_FLASH_ATTENTION, self.ATTENTION_KERNEL
+        if asked is None:
+            return given
+        if given not in ("auto", "cudnn") if asked else given == "cudnn":
+            raise ValueError(
+                f"USE_CUDNN_FLASH_ATTENTION={asked} and ATTENTION_KERNEL={given} contradict each other: set one of them"
+            )
+        if asked:
+            return "cudnn"
+        return "reference" if given == "auto" else given
 
     def init(self, std: float | None = None) -> fdl.Config[Any]:
         """Gaussian initialiser; a node of its own at each place."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,14 @@ from paxlike.checkpoint import (
     restore_variables,
     with_leaves,
 )
+from paxlike.cluster import (
+    ClusterOptions,
+    HangOptions,
+    Job,
+    Watchdog,
+    processes,
+    startup,
+)
 from paxlike.data.loader import Loader
 from paxlike.data.statistics import unigram_entropy_of
 from paxlike.data.tokenizers import check_vocabulary
@@ -41,6 +50,8 @@ from paxlike.train.ramp import Ramp
 from paxlike.train.recorder import RecorderOptions
 from paxlike.train.state import check_offload
 from paxlike.weights import import_params, is_foreign, open_folder
+
+_CHECK_MINUTES = 5.0  # of the start-up check; a network that hangs is found there first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +104,12 @@ class Experiment:
       train_data, eval_data: loaders; the held-out ones by name.
       tokenizer: text <-> ids, None where there is no text.
       deterministic: on GPUs too, the same run gives the same bits (see `paxlike.xla_flags`).
+      xla_bundle: compiler flags by name (see `paxlike.xla_bundles`); main.py sets them before jax starts.
       initial_weights: what a fresh run starts from, None for random weights.
       weights: how other programs name the weights (`paxlike.weights`), None where none has such a model.
       recorder: which steps are recorded as loss spikes.
+      kernels: what compares fast kernels with plain ones before training (`ops.kernel_check`), None trusts them.
+      cluster: time limit, watchdog and start-up check.
       sampling: options of decoding.
       chat: template that makes prompts conversations when decoding, None for plain texts.
     """
@@ -118,6 +132,7 @@ class Experiment:
     accumulation_dtype: str = "float32"
     seed: int = 1234
     deterministic: bool = False
+    xla_bundle: str = "none"
     compute_dtype: str = "float32"
     initial_weights: InitialWeights | None = None
     weights: Any = None
@@ -125,7 +140,9 @@ class Experiment:
     evaluation: EvalOptions = EvalOptions()
     best: BestOptions = BestOptions()
     recorder: RecorderOptions = RecorderOptions()
+    kernels: Any = None
     logging: LogOptions = LogOptions()
+    cluster: ClusterOptions = ClusterOptions()
     sampling: Any = None
     chat: Any = None
 
@@ -320,14 +337,37 @@ class Experiment:
             else options.peak_tflops * 1e12,
         )
 
-    def train(self, job_log_dir: str, *, config: str = "{}", config_text: str = "") -> int:
+    def train(
+        self,
+        job_log_dir: str,
+        *,
+        config: str = "{}",
+        config_text: str = "",
+        job: Job | None = None,
+    ) -> int:
         """Trains, or goes on with, the run in `job_log_dir`; returns the exit code of the process."""
         if self.train_data is None:
             raise ValueError(f"{self.name} has no training data; use --mode=eval")
         self.best.check(list(self.eval_data), evaluates=bool(self.evaluation.every_n_steps))
+        self.cluster.check()
+        if self.cluster.startup_check and not processes.alone():
+            self.check_start(job_log_dir, config=config, job=job)
         return loop.train(
-            self.on_these_devices(), job_log_dir, config=config, config_text=config_text
+            self.on_these_devices(), job_log_dir, config=config, config_text=config_text, job=job
         )
+
+    def check_start(self, job_log_dir: str, *, config: str = "{}", job: Job | None = None) -> int:
+        """Compares the processes and sums over each mesh axis, as training does before its first step; returns 0."""
+        directory, peers = Path(job_log_dir), None if job is None else job.peers
+        limits = HangOptions(busy_minutes=_CHECK_MINUTES)
+        with Watchdog(limits, directory, peers, what="the start-up check"):
+            report = startup.compare_processes(directory, config)
+            mesh = self.on_these_devices().mesh.build()
+            shape = f"mesh {dict(mesh.shape)}"
+            axes = startup.measure_axes(mesh, [each["host"] for each in report.facts])
+        if processes.is_first():
+            print("\n".join(["check: " + report.line + f"; {shape}", *axes]), file=sys.stderr)
+        return 0
 
     def replay(self, job_log_dir: str, *, step: int | None = None) -> int:
         """Takes a step of the run in `job_log_dir` again with every module watched; see `train.replay`."""
