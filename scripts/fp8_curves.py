@@ -52,6 +52,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=1000, help="of each run (%(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--recipe", default="delayed", choices=("delayed", "current"))
+    parser.add_argument("--amax_history", type=int, default=1024, help="delayed (%(default)s)")
     parser.add_argument("--output", type=Path, help="for the JSON file and the picture (FOLDER)")
     options = parser.parse_args()
     data = prepare(options.folder / "data")
@@ -113,6 +114,8 @@ def train(options: argparse.Namespace, data: Path, family: str, kind: str, seed:
     }
     if kind == "fp8":
         knobs |= {"USE_FP8": True, "FP8_RECIPE": options.recipe}
+        if options.recipe == "delayed":
+            knobs["FP8_AMAX_HISTORY"] = options.amax_history
     place = directory(options, family, kind, seed)
     place.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "main.py", f"--fdl_config={FAMILIES[family]}", "--mode=train"]
@@ -132,7 +135,8 @@ def train(options: argparse.Namespace, data: Path, family: str, kind: str, seed:
 
 def directory(options: argparse.Namespace, family: str, kind: str, seed: int) -> Path:
     """The log folder of a run; other steps or another recipe are other runs."""
-    name = f"{family}_{kind if kind == 'bf16' else f'{kind}_{options.recipe}'}_{seed}"
+    recipe = options.recipe + (str(options.amax_history) if options.recipe == "delayed" else "")
+    name = f"{family}_{kind if kind == 'bf16' else f'{kind}_{recipe}'}_{seed}"
     return (options.folder / f"{options.steps}_steps" / name).resolve()
 
 
@@ -163,6 +167,8 @@ def results(options: argparse.Namespace, runs: list[tuple[str, str, int]]) -> di
         families[family] = {**mean, "difference_percent": 100 * (mean["fp8"] / mean["bf16"] - 1)}
     sizes = {name: str(value) for name, value in SIZES.items()}
     about = {"steps": options.steps, "seeds": options.seeds, "recipe": options.recipe}
+    if options.recipe == "delayed":
+        about["amax_history"] = options.amax_history
     return {**about, "sizes": sizes, "families": families, "runs": listed}
 
 

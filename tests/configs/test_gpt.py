@@ -178,6 +178,10 @@ def test_fp8_trains_and_its_scales_survive(tmp_path):
     experiment = fdl.build(tree)
     assert experiment.evaluate(str(tmp_path)) == 0
     assert experiment.decode(str(tmp_path), prompts=["a"]) == 0
+    # And a model without FP8, as on a chip that has none, reads the weights alone.
+    tree.model.stack.period[0].mixer.dot_general_cls = None
+    tree.model.stack.period[0].ffn.dot_general_cls = None
+    assert fdl.build(tree).evaluate(str(tmp_path)) == 0
 
 
 @pytest.mark.parametrize(
