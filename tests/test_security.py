@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from configs import flags
+from configs.cli import registry, resolve
 from paxlike.data.builders import boolq
 from paxlike.weights import is_foreign, open_folder
 
@@ -187,3 +188,19 @@ def test_the_coordinator_listens_on_its_address_only():
     # 127.0.0.1 as the kernel writes it, or the same as an address of IPv6.
     one, other = f"0100007F:{port:04X}", f"0000000000000000FFFF00000100007F:{port:04X}"
     assert listening in ({one}, {other})
+
+
+def test_every_config_of_ours_can_be_reloaded():
+    """The names in the trees of all configs, and of the usual changes to them, are among those allowed."""
+    refused = set()
+    for entry in registry.scan("configs")[0]:
+        for change in ("", "--fdl.USE_LORA=True", "--fdl.USE_FP8=True"):
+            words = ["main.py", f"--fdl_config={entry.path}", *change.split()]
+            try:
+                text = flags.resolve(words, {}).json
+            except (flags.UsageError, ValueError):
+                continue  # it has no such knob
+            for module, name in re.findall(r'"module": "([^"]+)",\s*"name": "([^"]+)"', text):
+                if not resolve._OwnNames().allows_import(module, name):
+                    refused.add((module, name))
+    assert not refused

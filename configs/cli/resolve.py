@@ -270,13 +270,13 @@ def _instead(cls: type[Knobs], name: str) -> str:
 
 
 class _OwnNames(serialization.DefaultPyrefPolicy):
-    """What a config.json may name: paxlike, configs, code of the user, and a few names of libraries.
+    """What a config.json may name: classes of paxlike, configs, code of the user, and a few functions.
 
     The file says what is called when the tree is built, so with any name in it, it could run anything.
     """
 
     def allows_import(self, module: str, symbol: str) -> bool:
-        if (module, symbol) in _LIBRARY_NAMES:
+        if (module, symbol) in _NAMES:
             return True
         if module in ("builtins", "fiddle._src.config", "fiddle._src.partial"):
             return "." not in symbol  # of builtins, Fiddle itself allows containers only
@@ -292,7 +292,12 @@ class _OwnNames(serialization.DefaultPyrefPolicy):
         return not callable(value) or _is_own(getattr(value, "__module__", None) or "")
 
 
-_LIBRARY_NAMES = {("flax.linen.fp8_ops", "Fp8DotGeneralOp"), ("jax.nn.initializers", "normal")}
+# Of libraries, and functions of paxlike, that configs call.
+_NAMES = {
+    ("flax.linen.fp8_ops", "Fp8DotGeneralOp"),
+    ("jax.nn.initializers", "normal"),
+    ("paxlike.data.open_tokenizer", "open_tokenizer"),
+}
 
 
 def _is_own(module: str) -> bool:
