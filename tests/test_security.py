@@ -94,6 +94,8 @@ def good():
         ("numpy", "load"),
         ("torch", "load"),
         ("fiddle", "build"),
+        ("optax._src.alias", "functools.partial"),
+        ("flax.linen.module", "importlib.import_module"),
     ],
 )
 def test_a_config_file_names_only_what_is_a_config(module, name, good, tmp_path):
@@ -111,6 +113,14 @@ def test_a_config_file_names_only_what_is_a_config(module, name, good, tmp_path)
     with pytest.raises(flags.UsageError, match="not permitted|cannot load its tree") as error:
         flags.resolve(["main.py", f"--fdl_config_file={file}"], {})
     assert "\n" not in str(error.value)
+
+
+def test_a_config_file_may_name_pure_functions_of_libraries():
+    """For configs of users, who may use a layer of flax or a transformation of optax."""
+    allows = resolve._OwnNames().allows_import
+    assert allows("optax._src.alias", "adamw") and allows("flax.linen.linear", "Dense")
+    assert allows("flax.linen.fp8_ops", "Fp8DotGeneralOp")
+    assert not allows("numpy", "load") and not allows("flax.serialization", "from_bytes")
 
 
 def test_an_archive_writes_nowhere(tmp_path, monkeypatch):
