@@ -88,13 +88,18 @@ class Slurm:
             time.sleep(0.2)
         return state
 
-    def wait_for_file(self, job: str, file: pathlib.Path, *, seconds: float = 200) -> None:
-        deadline = time.monotonic() + seconds
-        while not file.exists():
-            state = self.field(job, "JobState")
-            running = state in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING")
-            assert running and time.monotonic() < deadline, self.story(job, state)
-            time.sleep(0.05)
+    def wait_for(self, job: str, condition, *, seconds: float = 200) -> None:
+        """Waits until something is the case while the job waits or runs."""
+        deadline, looked = time.monotonic() + seconds, 0.0
+        while not condition():
+            if time.monotonic() - looked > 1:
+                looked, state = time.monotonic(), self.field(job, "JobState")
+                running = state in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING")
+                assert running and looked < deadline, self.story(job, state)
+            time.sleep(0.01)
+
+    def wait_for_file(self, job: str, file: pathlib.Path) -> None:
+        self.wait_for(job, file.exists)
 
     def wait_for_requeue(self, job: str, restarts: int = 1, seconds: float = 200) -> None:
         """Waits until the job is in the queue again."""
