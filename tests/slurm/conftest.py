@@ -159,7 +159,8 @@ def slurm():
         pytest.skip("only root can start the daemons of Slurm")
     folder = pathlib.Path(tempfile.mkdtemp(prefix="sl-"))  # short: it holds a socket
     script = str(ROOT / "scripts/slurm_loopback.sh")
-    started = subprocess.run(["bash", script, "start", str(folder)], capture_output=True, text=True)
+    words = ["bash", script, "start", str(folder), f"--owner={os.getpid()}"]
+    started = subprocess.run(words, capture_output=True, text=True)
     try:
         assert started.returncode == 0, started.stderr
         yield Slurm(folder)
@@ -167,7 +168,9 @@ def slurm():
         stopped = subprocess.run(
             ["bash", script, "stop", str(folder)], capture_output=True, text=True
         )
-        left = _processes_of(folder)
+        deadline = time.monotonic() + 5
+        while (left := _processes_of(folder)) and time.monotonic() < deadline:
+            time.sleep(0.1)
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
