@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Start or stop a Slurm of this machine alone, whose "nodes" n1, n2, ... all are this machine: to try job files.
 #
-#   scripts/slurm_loopback.sh [--install] start DIR [--nodes=2] [--cpus=2]
+#   scripts/slurm_loopback.sh [--install] start DIR [--nodes=2] [--cpus=2] [--owner=PID]
 #   scripts/slurm_loopback.sh stop DIR
 #
 #   start      starts munged, slurmctld and a slurmd for each node; configuration, logs and state lie in DIR. Then
 #              export SLURM_CONF=DIR/slurm.conf, and sinfo, sbatch, squeue and scancel speak to it.
 #   stop       cancels all jobs and ends the daemons
 #   --nodes    number of nodes; --cpus, what Slurm believes each to have
+#   --owner    a process: when it is gone, however it ended, so is this Slurm
 #   --install  first installs the Debian packages slurmctld, slurmd, slurm-client and munge where they are missing
 #
 # It must run as root (slurmd starts jobs as their user). Nothing outside DIR is written, apart from the packages.
@@ -18,7 +19,7 @@ die() { echo "slurm_loopback.sh: $*" >&2; exit 2; }
 
 install=
 if [[ ${1:-} == --install ]]; then install=1; shift; fi
-command=${1:-} dir=${2:-} nodes=2 cpus=2
+command=${1:-} dir=${2:-} nodes=2 cpus=2 owner=
 case $command in
     start | stop) ;;
     -h | --help) usage; exit ;;
@@ -33,6 +34,7 @@ for option in "${@:3}"; do
     case $option in
         --nodes=[1-9] | --nodes=[1-9][0-9]) nodes=${option#*=} ;;
         --cpus=[1-9] | --cpus=[1-9][0-9]) cpus=${option#*=} ;;
+        --owner=[1-9]*) owner=${option#*=} ;;
         *) die "'$option' is not understood; --help tells more" ;;
     esac
 done
@@ -142,6 +144,7 @@ start() {
     for ((i = 0; i < 100; i++)); do
         if [[ $(sinfo --noheader --states=idle --Node 2> /dev/null | wc -l) == "$nodes" ]]; then
             trap - ERR
+            if [[ -n $owner ]]; then watch_owner > /dev/null 2>&1 < /dev/null & fi
             echo "export SLURM_CONF=$dir/slurm.conf"
             return
         fi
@@ -150,6 +153,18 @@ start() {
     tail -n 5 "$dir"/log/*.log >&2 || true
     stop
     die "the $nodes nodes did not come up in 20 s"
+}
+
+# In the background: stops all when the owner is gone; ends when somebody else has stopped it.
+watch_owner() {
+    trap '' HUP INT
+    while [[ -e $dir/run/munged.pid ]]; do
+        if ! kill -0 "$owner" 2> /dev/null; then
+            stop
+            return
+        fi
+        sleep 0.5
+    done
 }
 
 stop() {

@@ -64,7 +64,7 @@ OTHER_FLAGS = {
         "where",
     }
     | {"stages", "prepare", "export", "eval_config", "chain", "container", "env", "dry_run"}
-    | {"request_gpus", "sbatch"},
+    | {"request_gpus", "sbatch", "mount", "max_restarts"},
     "Slurm": {"ntasks", "gpus", "gres", "signal", "start", "constraint", "kill", "install"},
     "absl": {"flagfile", "nomultiprocess_gpu"},
     "Pax": {"exp"},

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from configs import flags
+from configs.cli import registry, resolve
 from paxlike.data.builders import boolq
 from paxlike.weights import is_foreign, open_folder
 
@@ -93,6 +94,8 @@ def good():
         ("numpy", "load"),
         ("torch", "load"),
         ("fiddle", "build"),
+        ("optax._src.alias", "functools.partial"),
+        ("flax.linen.module", "importlib.import_module"),
     ],
 )
 def test_a_config_file_names_only_what_is_a_config(module, name, good, tmp_path):
@@ -110,6 +113,14 @@ def test_a_config_file_names_only_what_is_a_config(module, name, good, tmp_path)
     with pytest.raises(flags.UsageError, match="not permitted|cannot load its tree") as error:
         flags.resolve(["main.py", f"--fdl_config_file={file}"], {})
     assert "\n" not in str(error.value)
+
+
+def test_a_config_file_may_name_pure_functions_of_libraries():
+    """For configs of users, who may use a layer of flax or a transformation of optax."""
+    allows = resolve._OwnNames().allows_import
+    assert allows("optax._src.alias", "adamw") and allows("flax.linen.linear", "Dense")
+    assert allows("flax.linen.fp8_ops", "Fp8DotGeneralOp")
+    assert not allows("numpy", "load") and not allows("flax.serialization", "from_bytes")
 
 
 def test_an_archive_writes_nowhere(tmp_path, monkeypatch):
@@ -187,3 +198,19 @@ def test_the_coordinator_listens_on_its_address_only():
     # 127.0.0.1 as the kernel writes it, or the same as an address of IPv6.
     one, other = f"0100007F:{port:04X}", f"0000000000000000FFFF00000100007F:{port:04X}"
     assert listening in ({one}, {other})
+
+
+def test_every_config_of_ours_can_be_reloaded():
+    """The names in the trees of all configs, and of the usual changes to them, are among those allowed."""
+    refused = set()
+    for entry in registry.scan("configs")[0]:
+        for change in ("", "--fdl.USE_LORA=True", "--fdl.USE_FP8=True"):
+            words = ["main.py", f"--fdl_config={entry.path}", *change.split()]
+            try:
+                text = flags.resolve(words, {}).json
+            except (flags.UsageError, ValueError):
+                continue  # it has no such knob
+            for module, name in re.findall(r'"module": "([^"]+)",\s*"name": "([^"]+)"', text):
+                if not resolve._OwnNames().allows_import(module, name):
+                    refused.add((module, name))
+    assert not refused

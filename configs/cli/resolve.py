@@ -270,29 +270,41 @@ def _instead(cls: type[Knobs], name: str) -> str:
 
 
 class _OwnNames(serialization.DefaultPyrefPolicy):
-    """What a config.json may name: paxlike, configs, code of the user, and a few names of libraries.
+    """What a config.json may name: classes of paxlike, configs, code of the user, and a few functions.
 
     The file says what is called when the tree is built, so with any name in it, it could run anything.
     """
 
     def allows_import(self, module: str, symbol: str) -> bool:
-        if (module, symbol) in _LIBRARY_NAMES:
+        if (module, symbol) in _NAMES:
             return True
         if module in ("builtins", "fiddle._src.config", "fiddle._src.partial"):
             return "." not in symbol  # of builtins, Fiddle itself allows containers only
-        if not _is_own(module):
+        pure = module.startswith(_PURE)
+        if not pure and not _is_own(module):
             return False
         value: Any = importlib.import_module(module)
         for part in symbol.split("."):
             value = getattr(value, part)
             if inspect.ismodule(value):
                 return False  # a way round: paxlike.experiment, os.system
+        if not callable(value):
+            return True
+        home = getattr(value, "__module__", None) or ""
+        if pure:
+            return home.startswith(_PURE)
         if module.partition(".")[0] == "paxlike" and not inspect.isclass(value):
             return False  # its functions start programs and write files
-        return not callable(value) or _is_own(getattr(value, "__module__", None) or "")
+        return _is_own(home)
 
 
-_LIBRARY_NAMES = {("flax.linen.fp8_ops", "Fp8DotGeneralOp"), ("jax.nn.initializers", "normal")}
+# Libraries that neither start programs nor touch files.
+_PURE = ("jax.nn.", "jax._src.nn.", "flax.linen.", "optax.")
+# Functions that configs call and that the rules above would refuse.
+_NAMES = {
+    ("jax.nn.initializers", "normal"),
+    ("paxlike.data.open_tokenizer", "open_tokenizer"),
+}
 
 
 def _is_own(module: str) -> bool:

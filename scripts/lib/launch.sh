@@ -64,7 +64,7 @@ launch() { # LOG [main.py arguments]
     "$PYTHON" "$root/main.py" "$@" >&3 2>&1 3>&- &
     child=$!
     exec 3>&-
-    trap 'interrupted=1; kill -TERM "$child" 2> /dev/null' TERM INT USR1
+    trap 'interrupted=1; kill -TERM "$child" 2> /dev/null || true' TERM INT USR1
     while true; do # a signal ends `wait` before the run has ended
         interrupted=
         wait "$child" && status=0 || status=$?

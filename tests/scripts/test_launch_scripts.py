@@ -306,8 +306,8 @@ def test_signal_lets_main_save_and_loses_no_output(copied, number):
     process = start(script, *arguments, start_new_session=True)
     assert process.stdout.readline().startswith("started")
     os.killpg(process.pid, number)  # as a terminal or Slurm sends it: to all of the step
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 83
+    output, errors = process.communicate(timeout=30)
+    assert process.returncode == 83, output + errors
     assert "goes on from there" in errors
     assert "saved" in (copied / "logs/pile_output.log").read_text()
 

@@ -88,13 +88,18 @@ class Slurm:
             time.sleep(0.2)
         return state
 
-    def wait_for_file(self, job: str, file: pathlib.Path, *, seconds: float = 200) -> None:
-        deadline = time.monotonic() + seconds
-        while not file.exists():
-            state = self.field(job, "JobState")
-            running = state in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING")
-            assert running and time.monotonic() < deadline, self.story(job, state)
-            time.sleep(0.05)
+    def wait_for(self, job: str, condition, *, seconds: float = 200) -> None:
+        """Waits until something is the case while the job waits or runs."""
+        deadline, looked = time.monotonic() + seconds, 0.0
+        while not condition():
+            if time.monotonic() - looked > 1:
+                looked, state = time.monotonic(), self.field(job, "JobState")
+                running = state in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING")
+                assert running and looked < deadline, self.story(job, state)
+            time.sleep(0.01)
+
+    def wait_for_file(self, job: str, file: pathlib.Path) -> None:
+        self.wait_for(job, file.exists)
 
     def wait_for_requeue(self, job: str, restarts: int = 1, seconds: float = 200) -> None:
         """Waits until the job is in the queue again."""
@@ -154,7 +159,8 @@ def slurm():
         pytest.skip("only root can start the daemons of Slurm")
     folder = pathlib.Path(tempfile.mkdtemp(prefix="sl-"))  # short: it holds a socket
     script = str(ROOT / "scripts/slurm_loopback.sh")
-    started = subprocess.run(["bash", script, "start", str(folder)], capture_output=True, text=True)
+    words = ["bash", script, "start", str(folder), f"--owner={os.getpid()}"]
+    started = subprocess.run(words, capture_output=True, text=True)
     try:
         assert started.returncode == 0, started.stderr
         yield Slurm(folder)
@@ -162,7 +168,9 @@ def slurm():
         stopped = subprocess.run(
             ["bash", script, "stop", str(folder)], capture_output=True, text=True
         )
-        left = _processes_of(folder)
+        deadline = time.monotonic() + 5
+        while (left := _processes_of(folder)) and time.monotonic() < deadline:
+            time.sleep(0.1)
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

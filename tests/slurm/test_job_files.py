@@ -63,23 +63,31 @@ def test_a_signal_saves_and_the_job_goes_on_in_the_queue(slurm, tmp_path, refere
     assert_same(workspace / "run", reference)
 
 
-def test_a_killed_process_ends_the_job_and_one_node_goes_on(slurm, tmp_path, reference):
-    job = submit_base(slurm, tmp_path)
-    slurm.wait_for_file(job, tmp_path / "run/checkpoints/checkpoint_00000100")
-    ranks = slurm.ranks(job)
-    assert ranks.keys() == {0, 1}
-    os.kill(ranks[1], signal.SIGKILL)
-    slurm.wait_for_requeue(job, seconds=90)  # back in the queue, and not one process left
-    assert slurm.ranks(job) == {}
+def test_a_job_that_is_killed_at_the_worst_moments_loses_nothing(slurm, tmp_path, reference):
+    """Before the first checkpoint, while one is written, while it is read; then on one node, to the same bits."""
+    run, job = tmp_path / "run", submit_base(slurm, tmp_path)
+    output = tmp_path / f"output/output-{job}-0-0.txt"
+
+    def kill(rank: int, restarts: int, moment) -> None:
+        slurm.wait_for(job, moment)
+        os.kill(slurm.ranks(job)[rank], signal.SIGKILL)
+        slurm.wait_for_requeue(job, restarts, seconds=90)
+        assert slurm.ranks(job) == {}
+
+    kill(1, 1, lambda: output.exists() and "compiling" in output.read_text())
+    assert not list(run.glob("checkpoints/checkpoint_*"))
+    slurm.release(job)
+    kill(0, 2, lambda: any(run.glob("checkpoints/checkpoint_00000200*")))
+    slurm.release(job, 2)
+    kill(1, 3, lambda: "reading the newest checkpoint" in output.read_text())
     slurm.call("scancel", job)
     slurm.wait(job, "CANCELLED")
     more = knobs(ICI_MESH_SHAPE="[2,1,1]", DCN_MESH_SHAPE="[1,1,1]")
     job = submit_base(slurm, tmp_path, "--nodes=1", ADDITIONAL_ARGS=more, JAX_NUM_CPU_DEVICES="2")
     slurm.wait(job, "COMPLETED")
-    assert (
-        "reading the newest checkpoint" in (tmp_path / f"output/output-{job}-0-0.txt").read_text()
-    )
-    assert_same(tmp_path / "run", reference)
+    told = (tmp_path / f"output/output-{job}-0-0.txt").read_text()
+    assert re.search(r"going on from the checkpoint of step [12]00\b", told)
+    assert_same(run, reference)
 
 
 def test_a_frozen_process_is_found_and_the_job_goes_back_to_the_queue(slurm, tmp_path):
