@@ -5,6 +5,8 @@ Shape legend: b batch, s length, t cache length, d width, h query heads, g key/v
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -16,6 +18,7 @@ from paxlike.layers.dropout import Dropout
 from paxlike.layers.projection import Projecting
 from paxlike.layers.sequence import Sequence
 from paxlike.ops import attention as ops
+from paxlike.ops.biased_attention import biased_attention
 from paxlike.ops.context_attention import context_attention
 from paxlike.ops.rope import Rope
 
@@ -34,6 +37,9 @@ class Attention(Projecting):
       query_norm, key_norm: over the features of each head, before `rope` (Dehghani et al. 2023, section 2).
       query_scale: factor of the scores; None is 1/sqrt(head_dim).
       logit_cap: bound of the scores, see `ops.attention`.
+      relative_buckets: a trained bias of each head for so many ranges of distance (T5), None for none.
+      relative_init: its initialiser.
+      extra_logit: the softmax has one more score of 0 (see `ops.biased_attention`).
       implementation: backend of `ops.attention`.
     """
 
@@ -49,6 +55,9 @@ class Attention(Projecting):
     key_norm: nn.Module | None = None
     query_scale: float | None = None
     logit_cap: float | None = None
+    relative_buckets: int | None = None
+    relative_init: Any = nn.initializers.normal(0.02)
+    extra_logit: bool = False
     dropout: float = 0.0
     implementation: ops.Implementation = "auto"
 
@@ -99,6 +108,11 @@ class Attention(Projecting):
         if context is None:
             return self._attend(q, k, v, segments=sequence.segments)
         if context.is_zigzag:
+            if self._is_biased:
+                raise ValueError(
+                    f"relative positions and the extra logit do not go with CONTEXT_PARALLEL={context.kind}: use "
+                    "all_to_all"
+                )
             if self.implementation == "cudnn":
                 raise ValueError(
                     f"cuDNN attention does not serve CONTEXT_PARALLEL={context.kind}: set "
@@ -132,7 +146,38 @@ class Attention(Projecting):
             "logit_cap": self.logit_cap,
         }
 
+    def _attend_with_bias(self, q, k, v, *, segments=None, offset=None, **_):
+        if self.window is not None or self.logit_cap is not None or not self.causal:
+            raise ValueError(
+                "relative_buckets and extra_logit are for causal attention without window and cap"
+            )
+        if self.implementation == "cudnn":
+            raise ValueError(
+                "cuDNN attention has no relative bias and no extra logit here: set USE_CUDNN_FLASH_ATTENTION=None"
+            )
+        table = None
+        if self.relative_buckets is not None:
+            init = nn.with_logical_partitioning(self.relative_init, ("norm", "heads"))
+            shape = (self.relative_buckets, self.num_heads)
+            table = self.param("relative", init, shape, jnp.float32)
+        return biased_attention(
+            q,
+            k,
+            v,
+            table,
+            segments=segments,
+            offset=offset,
+            scale=self.query_scale,
+            extra_logit=self.extra_logit,
+        )
+
+    @property
+    def _is_biased(self) -> bool:
+        return self.relative_buckets is not None or self.extra_logit
+
     def _attend(self, q, k, v, **options):
+        if self._is_biased:
+            return self._attend_with_bias(q, k, v, **options)
         options = {**self._scores, "implementation": self.implementation, **options}
         return ops.attention(q, k, v, **options)
 

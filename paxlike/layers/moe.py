@@ -10,7 +10,6 @@ Shape legend: b batch, s length, d width, g groups, e experts, k experts of a to
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +24,10 @@ from paxlike.layers.feedforward import ACTIVATIONS
 from paxlike.layers.linear import Linear
 from paxlike.layers.projection import Projecting
 from paxlike.layers.sequence import Sequence
+from paxlike.ops.sown import LOSSES, SUMMARIES, UPDATES
 from paxlike.ops import dispatch, routing
 from paxlike.ops.attention import is_plain
 
-LOSSES, SUMMARIES, UPDATES = "losses", "summaries", "updates"
 DISPATCHES = ("index", "einsum", "sort")
 ROUTERS = ("tokens", "experts")
 
@@ -96,7 +95,6 @@ class MoE(Projecting):
     dropout: float = 0.0
     dispatch: str = "index"
     shared: nn.Module | None = None
-    router_init: Any = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "b s d"], sequence: Sequence) -> Float[Array, "b s d"]:
@@ -141,7 +139,7 @@ class MoE(Projecting):
             features=self.num_experts,
             axes=("embed", None),
             use_bias=False,
-            kernel_init=self.kernel_init if self.router_init is None else self.router_init,
+            kernel_init=self._init_of("router"),
             dtype="float32",
             name="router",
         )
@@ -167,12 +165,15 @@ class MoE(Projecting):
             inputs=inputs,
             features=features,
             axes=axes,
-            kernel_init=self.kernel_init,
+            kernel_init=self._init_of(name),
             dtype=self.dtype,
             dot_general_cls=self.dot_general_cls,
             name=name,
             **self._adapter(name),
         )
+
+    def _init_of(self, name: str):
+        return (self.kernel_inits or {}).get(name, self.kernel_init)
 
     def _by_tokens(self, x, valid, logits, bias, experts, sequence: Sequence):
         """Tokens choose."""

@@ -20,6 +20,7 @@ from paxlike import parallel
 from paxlike.layers.dropout import Noise, current_noise, noise
 from paxlike.layers.remat import Policy, choice_of, keep_all, policy_of
 from paxlike.layers.sequence import Sequence
+from paxlike.ops.sown import SOWN
 
 PyTree = Any
 
@@ -124,7 +125,7 @@ class Stack(nn.Module):
             variable_axes={
                 "params": 0,
                 **({} if in_place else {"cache": 0}),
-                "losses": 0,
+                **dict.fromkeys(SOWN, 0),
                 "_overwrite_with_gradient": 0,
                 "intermediates": 0,
             },
@@ -155,9 +156,11 @@ class Stack(nn.Module):
         period, weights = self._layers_apart("CHECKPOINT_LAYERS")
         inside = dataclasses.replace(noise_, depth=0)
 
+        wanted = self._wanted()
+
         def layer(x, weights, index):
             with noise(_of_layer(inside, index)):
-                return period.apply({"params": weights}, x, sequence)
+                return period.apply({"params": weights}, x, sequence, mutable=wanted)
 
         def loop(x, start, end, pattern):
             """Repeats from `start` to `end`, in groups that are treated as `pattern` says."""
@@ -168,20 +171,38 @@ class Stack(nn.Module):
             cut = lambda a: a[start:end].reshape(-1, len(kinds), *a.shape[1:])
 
             def group(x, weights_and_indices):
+                said = []
                 for number, one in enumerate(kinds):
-                    x = one(x, *jax.tree.map(lambda a, n=number: a[n], weights_and_indices))
-                return x, None
+                    x, more = one(x, *jax.tree.map(lambda a, n=number: a[n], weights_and_indices))
+                    said.append(more)
+                return x, jax.tree.map(lambda *parts: jnp.stack(parts), *said)
 
             xs = jax.tree.map(cut, (weights, jnp.arange(self.repeats)))
             unroll = 1 if self.scan else (end - start) // len(kinds)
-            return jax.lax.scan(group, x, xs, unroll=unroll)[0]
+            x, said = jax.lax.scan(group, x, xs, unroll=unroll)
+            return x, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), said)
 
         again, kept = policy_of(self.remat), keep_all(self.scan)
         kind, count = choice_of(self.remat_layers, self.repeats)
         if kind == "every":
-            return loop(x, 0, self.repeats, [*[kept] * (count - 1), again])
-        x = loop(x, 0, count, [again])
-        return loop(x, count, self.repeats, [kept]) if count < self.repeats else x
+            x, said = loop(x, 0, self.repeats, [*[kept] * (count - 1), again])
+        else:
+            x, said = loop(x, 0, count, [again])
+            if count < self.repeats:
+                x, more = loop(x, count, self.repeats, [kept])
+                said = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), said, more)
+        self._say(said)
+        return x
+
+    def _wanted(self) -> list[str]:
+        """Collections that layers sow into and that the caller asks for."""
+        return [name for name in SOWN if self.is_mutable_collection(name)]
+
+    def _say(self, said: PyTree) -> None:
+        """Sows what the layers of all repeats have sown, stacked, as if they had done so in place."""
+        for collection, blocks in said.items():
+            for name, value in blocks.items():
+                self.scope.put_variable(collection, name, value)
 
     def _pipelined(self, x, sequence: Sequence, noise_: Noise, pipeline: Pipeline):
         """The repeats spread over the stages of the mesh."""

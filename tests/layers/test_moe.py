@@ -10,8 +10,9 @@ from flax import linen as nn
 
 from paxlike.layers.feedforward import ACTIVATIONS
 from paxlike.layers.lora import Lora
-from paxlike.layers.moe import LOSSES, SUMMARIES, UPDATES, MoE, Router
+from paxlike.layers.moe import MoE, Router
 from paxlike.layers.sequence import Sequence
+from paxlike.ops.sown import LOSSES, SUMMARIES, UPDATES
 from paxlike.ops.routing import Choice
 
 ROWS, LENGTH, WIDTH, HIDDEN, EXPERTS = 4, 6, 8, 12, 5
