@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import fiddle as fdl
 
-from configs.language import NORMS_AND_BIASES, SyntheticData
+from configs.data import SyntheticData
+from configs.optimization import NORMS_AND_BIASES
 from configs.transformer import TransformerKnobs
 from paxlike.layers.attention import Attention
 from paxlike.layers.block import Block

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 import fiddle as fdl
 
-from configs.language import NORMS_AND_BIASES
 from configs.lora import LoraKnobs
+from configs.optimization import NORMS_AND_BIASES
 from configs.transformer import TransformerKnobs
 from paxlike.layers.attention import Attention
 from paxlike.layers.block import Block

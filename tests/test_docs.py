@@ -23,7 +23,7 @@ OTHER_NAMES = {
     "JAX_COMPILATION_CACHE_DIR",
     "XLA_FLAGS",
     "DRY_RUN",
-    "NORMS_AND_BIASES",  # a regular expression in configs/language.py
+    "NORMS_AND_BIASES",  # a regular expression in configs/optimization.py
     "NUM_REGISTERS",  # of an example of how to declare a knob
     "NUM_LAYRS",  # misspelt on purpose
     "NUM_LAYRES",

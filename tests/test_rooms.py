@@ -8,14 +8,15 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "paxlike"
 
-# What each room may import of the others; `log` and `compat` stand beside the order and import none of it.
+# What each room may import of the others; `log`, `compat` and `scoped` stand beside the order and import none of it.
 BELOW = {
     "compat": set(),
+    "scoped": set(),
     "xla_flags": set(),
     "log": {"compat"},
-    "parallel": {"compat"},
-    "ops": {"parallel", "compat"},
-    "layers": {"ops", "parallel", "compat"},
+    "parallel": {"compat", "scoped"},
+    "ops": {"parallel", "compat", "scoped"},
+    "layers": {"ops", "parallel", "compat", "scoped"},
     "models": {"layers", "ops", "parallel", "compat"},
     "data": {"compat", "log"},
     "tasks": {"ops", "parallel", "compat", "log"},

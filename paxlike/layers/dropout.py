@@ -7,15 +7,16 @@ dealt out to devices in another order.
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import dataclasses
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
+
+from paxlike.scoped import Scoped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,17 +38,12 @@ class Noise:
     places: Int[Array, "s"] | None = None
 
 
-_noise: contextvars.ContextVar[Noise | None] = contextvars.ContextVar("noise", default=None)
+_noise: Scoped[Noise | None] = Scoped("noise", None)
 
 
-@contextlib.contextmanager
-def noise(new: Noise) -> Iterator[None]:
+def noise(new: Noise) -> contextlib.AbstractContextManager[None]:
     """Inside it masks are made from `new`."""
-    token = _noise.set(new)
-    try:
-        yield
-    finally:
-        _noise.reset(token)
+    return _noise.set(new)
 
 
 def current_noise() -> Noise | None:

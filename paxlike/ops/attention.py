@@ -7,10 +7,8 @@ size.
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import functools
 import math
-from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import jax
@@ -19,23 +17,19 @@ from jaxtyping import Array, Float, Int
 
 from paxlike import compat, parallel
 from paxlike.ops import platform
+from paxlike.scoped import Scoped
 
 Implementation = Literal["auto", "xla", "cudnn"]
 IMPLEMENTATIONS = ("auto", "xla", "cudnn")
 CPU_BLOCK = 128  # queries; smaller ones do not fill the matrix product of a CPU
 
 
-_plain: contextvars.ContextVar[bool] = contextvars.ContextVar("plain", default=False)
+_plain = Scoped("plain", False)
 
 
-@contextlib.contextmanager
-def plain() -> Iterator[None]:
+def plain() -> contextlib.AbstractContextManager[None]:
     """Inside it every attention is traced as the plain reference: FLOPs are counted on that, whatever backend runs."""
-    token = _plain.set(True)
-    try:
-        yield
-    finally:
-        _plain.reset(token)
+    return _plain.set(True)
 
 
 def is_plain() -> bool:

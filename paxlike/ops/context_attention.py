@@ -253,21 +253,14 @@ def _walk_ring(me, how: _How, k, v, documents, state, add, gradients: bool):
         return jax.tree.map(lambda a: jax.lax.ppermute(a, axis, pairs), tree)
 
     def meet(held, sums, state, turn, pairs):
-        k, v, documents = held
         owner = (me - turn) % parts
         either = (owner > me).astype(jnp.int32)
         halves = [[either if half == _EITHER else half for half in pair] for pair in pairs]
 
         def one_pair(carry, pair):
-            (mine, theirs), (state, sums) = pair, carry
-            one = lambda a: jax.lax.dynamic_index_in_dim(a, theirs, keepdims=False)
+            mine, theirs = pair
             places = _chunk_places(_chunk_of(owner, theirs, how), how)
-            keys = _Keys(one(k), one(v), places, None if documents is None else one(documents))
-            state = add(state, mine, keys)
-            if gradients:
-                state, more = state
-                sums = jax.tree.map(lambda a, x: a.at[theirs].add(x), sums, more)
-            return (state, sums), None
+            return _add_chunk(add, *carry, mine, held, theirs, places), None
 
         pairs = jnp.asarray(halves, jnp.int32)
         return jax.lax.scan(one_pair, (state, sums), (pairs[:, 0], pairs[:, 1]))[0]
@@ -350,7 +343,6 @@ def _walk_gathered(me, how: _How, k, v, documents, state, add, gradients: bool):
         steps = min(chunks + 1, 2 * window)
 
     def visit(carry, step):
-        state, sums = carry
         if not how.causal:
             half, chunk = step // chunks, step % chunks
         elif steps == chunks + 1:
@@ -360,20 +352,25 @@ def _walk_gathered(me, how: _How, k, v, documents, state, add, gradients: bool):
             half = step // window
             chunk = _chunk_of(me, half, how) - step % window
         at = jnp.maximum(chunk, 0)
-        one = lambda a: jax.lax.dynamic_index_in_dim(a, at, keepdims=False)
         places = jnp.where(chunk < 0, _BEYOND, _chunk_places(chunk, how))
-        keys = _Keys(one(k), one(v), places, None if documents is None else one(documents))
-        state = add(state, half, keys)
-        if gradients:
-            state, more = state
-            sums = jax.tree.map(lambda a, x: a.at[at].add(x), sums, more)
-        return (state, sums), None
+        return _add_chunk(add, *carry, half, (k, v, documents), at, places), None
 
     sums = _zeros(k, v) if gradients else None
     (state, sums), _ = jax.lax.scan(visit, (state, sums), jnp.arange(steps))
     if not gradients:
         return state
     return state, _whole(scatter(sums[0])), _whole(scatter(sums[1]))
+
+
+def _add_chunk(add, state, sums, half, held, at, places):
+    """`add` for the chunk `at` of the keys held; its gradients go into `sums`, which is None where none are wanted."""
+    one = lambda a: jax.lax.dynamic_index_in_dim(a, at, keepdims=False)
+    k, v, documents = held
+    keys = _Keys(one(k), one(v), places, None if documents is None else one(documents))
+    if sums is None:
+        return add(state, half, keys), None
+    state, more = add(state, half, keys)
+    return state, jax.tree.map(lambda a, x: a.at[at].add(x), sums, more)
 
 
 def _chunk_of(device, half, how: _How):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import dataclasses
-from collections.abc import Iterator
 
 import jax
+
+from paxlike.scoped import Scoped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,19 +23,12 @@ class Hardware:
     compute_capability: float = 0.0
 
 
-_hardware: contextvars.ContextVar[Hardware | None] = contextvars.ContextVar(
-    "hardware", default=None
-)
+_hardware: Scoped[Hardware | None] = Scoped("hardware", None)
 
 
-@contextlib.contextmanager
-def traced_for(hardware: Hardware) -> Iterator[None]:
+def traced_for(hardware: Hardware) -> contextlib.AbstractContextManager[None]:
     """Inside it every op takes the form that it has on `hardware`, whatever devices there are."""
-    token = _hardware.set(hardware)
-    try:
-        yield
-    finally:
-        _hardware.reset(token)
+    return _hardware.set(hardware)
 
 
 def name() -> str:

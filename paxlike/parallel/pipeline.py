@@ -12,9 +12,8 @@ spread over; the other axes stay the compiler's.
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from paxlike import compat
 from paxlike.parallel import rules as _rules
+from paxlike.scoped import Scoped
 
 AXIS = "pipeline"
 LAYER_INPUT = (
@@ -30,17 +30,12 @@ LAYER_INPUT = (
 )
 PyTree = Any
 
-_off: contextvars.ContextVar[bool] = contextvars.ContextVar("off", default=False)
+_off = Scoped("off", False)
 
 
-@contextlib.contextmanager
-def without_pipeline() -> Iterator[None]:
+def without_pipeline() -> contextlib.AbstractContextManager[None]:
     """Inside it stacks are traced as one loop over their layers: FLOPs are counted on that, without the bubble."""
-    token = _off.set(True)
-    try:
-        yield
-    finally:
-        _off.reset(token)
+    return _off.set(True)
 
 
 def num_stages() -> int:

@@ -8,7 +8,6 @@ dimension: under fsdp the width of a weight is sharded and that of an activation
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import difflib
 import math
 from collections.abc import Iterator, Mapping
@@ -18,6 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from paxlike import compat
+from paxlike.scoped import Scoped
 
 MeshAxes = str | tuple[str, ...] | None
 Rules = Mapping[str, MeshAxes]
@@ -59,18 +59,14 @@ def rules_with(**changes: MeshAxes) -> Rules:
     return {**DEFAULT_RULES, **changes}
 
 
-_rules: contextvars.ContextVar[Rules] = contextvars.ContextVar("rules", default=DEFAULT_RULES)
+_rules: Scoped[Rules] = Scoped("rules", DEFAULT_RULES)
 
 
 @contextlib.contextmanager
 def activate(mesh: jax.sharding.Mesh, rules: Rules | None = None) -> Iterator[None]:
     """Makes `mesh` and `rules` those that `shard` and every compilation inside refer to."""
-    token = _rules.set(DEFAULT_RULES if rules is None else rules)
-    try:
-        with compat.set_mesh(mesh):
-            yield
-    finally:
-        _rules.reset(token)
+    with _rules.set(DEFAULT_RULES if rules is None else rules), compat.set_mesh(mesh):
+        yield
 
 
 def current() -> Rules:

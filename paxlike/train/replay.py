@@ -390,7 +390,7 @@ class _WatchedStep(TrainStep):
 
     def _gradients(self, state, whole, batch):
         gradients, collections, metrics, *rest = super()._gradients(state, whole, batch)
-        return gradients, collections, {**metrics, _GRADIENTS: gradients}
+        return gradients, collections, {**metrics, _GRADIENTS: gradients}, *rest
 
     def _of_all_parts(self, metrics):
         parts = dict(metrics)
