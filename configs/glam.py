@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import fiddle as fdl
 from flax import linen as nn
 
-from configs.language import SyntheticData
+from configs.data import SyntheticData
 from configs.moe import MoEKnobs
 from paxlike.layers.attention import Attention
 from paxlike.layers.block import Block
@@ -151,16 +151,24 @@ class PileGLaM64B64E(PileGLaM126M64E):
 
 
 class LambadaGLaM126M64E(PileGLaM126M64E):
-    """GLaM 126M with 64 experts, evaluated on LAMBADA."""
+    """GLaM 126M with 64 experts, evaluated on LAMBADA (--mode=eval)."""
 
     EVAL_SETS = ("LambadaValidation",)
     ICI_MESH_SHAPE = (1, 8, 1)
 
+    def train_data(self) -> None:
+        """Nothing: this config only evaluates."""
+        return None
+
 
 class LambadaGLaM64B64E(PileGLaM64B64E):
-    """GLaM 64B with 64 experts, evaluated on LAMBADA."""
+    """GLaM 64B with 64 experts, evaluated on LAMBADA (--mode=eval)."""
 
     EVAL_SETS = ("LambadaValidation",)
+
+    def train_data(self) -> None:
+        """Nothing: this config only evaluates."""
+        return None
 
 
 class SyntheticGLaM126M64E(SyntheticData, PileGLaM126M64E):

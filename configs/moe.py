@@ -60,7 +60,7 @@ class MoEKnobs(TransformerKnobs, abstract=True):
     def moe(self, *, num_layers: int, gated: bool, activation: str | None = None, **options: Any):
         """A layer of experts, one of `num_layers`."""
         self.check_experts()
-        hidden = self.expert_hidden_dims()
+        hidden = self.expert_width()
         projections = self.projections()
         shared = None
         if self.NUM_SHARED_EXPERTS:
@@ -131,7 +131,7 @@ class MoEKnobs(TransformerKnobs, abstract=True):
                 f"MOE_DISPATCH='{self.MOE_DISPATCH}' has no effect without EXPERT_CAPACITY_FACTOR: tokens are sorted then"
             )
 
-    def expert_hidden_dims(self) -> int:
+    def expert_width(self) -> int:
         """Width inside an expert."""
         return self.HIDDEN_DIMS if self.EXPERT_HIDDEN_DIMS is None else self.EXPERT_HIDDEN_DIMS
 

@@ -27,16 +27,16 @@ from paxlike.ops.grouped import grouped_matmul, grouped_matmul_reference
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Matrices:
-    """The weights of all experts, or of those of a device, in the compute dtype.
+    """The weights of all experts, or of those of a device, in the compute dtype (or where they lie: specs).
 
     Attributes:
-      kernel: one matrix each.
-      a, b: their adapters, with the scale in b; None for none.
+      kernel: one matrix each, (e, p, q).
+      a, b: their adapters (e, p, r) and (e, r, q), with the scale in b; None for none.
     """
 
-    kernel: Float[Array, "e p q"]
-    a: Float[Array, "e p r"] | None = None
-    b: Float[Array, "e r q"] | None = None
+    kernel: Any
+    a: Any = None
+    b: Any = None
 
     def grouped(
         self, x: Float[Array, "n p"], sizes: Int[Array, "e"], *, reference: bool = False

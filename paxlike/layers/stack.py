@@ -211,7 +211,7 @@ class Stack(nn.Module):
         of_rows = {"positions": sequence.positions, "segments": sequence.segments}
         extras = (of_rows, None if noise_.key is None else rows)
 
-        policy = self._policy()
+        policy, wanted = self._policy(), self._wanted()
 
         def stage(weights, first, x, extras):
             of_rows, rows = extras
@@ -222,15 +222,15 @@ class Stack(nn.Module):
                 weights, index = weights_and_index
                 x = checkpoint_name(x, parallel.LAYER_INPUT)
                 with noise(_of_layer(mine, index)):
-                    return period.apply({"params": weights}, x, own), None
+                    return period.apply({"params": weights}, x, own, mutable=wanted)
 
             if policy is not None and sequence.train:
                 layer = jax.checkpoint(layer, policy=policy, prevent_cse=not self.scan)
             count = jax.tree.leaves(weights)[0].shape[0]
             unroll = 1 if self.scan else count
-            return jax.lax.scan(layer, x, (weights, first + jnp.arange(count)), unroll=unroll)[0]
+            return jax.lax.scan(layer, x, (weights, first + jnp.arange(count)), unroll=unroll)
 
-        x = parallel.pipeline(
+        x, said = parallel.pipeline(
             stage,
             weights,
             x,
@@ -240,6 +240,7 @@ class Stack(nn.Module):
             policy=policy,
             names=_names(period, x, sequence) if pipeline.gather_once else None,
         )
+        self._say(said)
         return parallel.shard(x, "batch", "residual_length", "act_embed")
 
 
