@@ -21,6 +21,7 @@ from paxlike.experiment import Experiment
 from paxlike.layers.attention import Attention
 from paxlike.layers.feedforward import FeedForward
 from paxlike.layers.lora import TRAINABLE, Lora
+from paxlike.layers.moe import MoE
 from paxlike.layers.projection import Projecting
 
 
@@ -103,7 +104,7 @@ def projections(node: fdl.Config[Any]) -> tuple[str, ...]:
         heads, groups = node.num_heads, node.num_kv_heads or node.num_heads
         combined = node.combine_qkv and heads == groups
         return ("qkv", "out") if combined else ("query", "key", "value", "out")
-    if issubclass(cls, FeedForward):
+    if issubclass(cls, FeedForward | MoE):
         return ("gate", "ffn1", "ffn2") if node.gated else ("ffn1", "ffn2")
     raise ValueError(f"the projections of {cls.__name__} are not known to LoRA: add them here")
 
@@ -113,7 +114,7 @@ def _is_target(node: fdl.Config[Any], path: str, knobs: LoraKnobs) -> bool:
     if target == "all":
         return True
     if target in ("attention", "mlp"):
-        return issubclass(cls, Attention if target == "attention" else FeedForward)
+        return issubclass(cls, Attention if target == "attention" else FeedForward | MoE)
     try:
         return re.search(target, path) is not None
     except re.error as error:

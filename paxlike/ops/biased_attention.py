@@ -62,7 +62,8 @@ def causal_attention(q, k, v, segments, offset, table, *, scale, extra_logit):
     q = q.reshape(b, s, groups, h // groups, size)
     logits = scale * jnp.einsum("bsgqk,btgk->bgqst", q, k, preferred_element_type=jnp.float32)
     first = jnp.zeros((1,), jnp.int32) if offset is None else offset
-    distance = (first[:, None] + jnp.arange(s))[:, :, None] - jnp.arange(t)[None, None]
+    rows = first[:, None] + jnp.arange(s)[None]
+    distance = rows[:, :, None] - jnp.arange(t)[None, None]
     if table is not None:
         wide = table.astype(jnp.float32).T
         bias = jnp.take(wide, bucket(distance, table.shape[0]), axis=1).swapaxes(0, 1)

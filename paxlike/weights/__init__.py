@@ -4,12 +4,20 @@ from paxlike.weights.exporting import export_params
 from paxlike.weights.foreign import is_foreign
 from paxlike.weights.hugging_face import check_config
 from paxlike.weights.importing import Source, import_params, open_folder, open_source
-from paxlike.weights.maps import GemmaWeights, GPT2Weights, LlamaWeights
+from paxlike.weights.maps import (
+    GemmaWeights,
+    GPT2Weights,
+    LlamaWeights,
+    MixtralWeights,
+    QwenMoeWeights,
+)
 
 __all__ = [
     "GPT2Weights",
     "GemmaWeights",
     "LlamaWeights",
+    "MixtralWeights",
+    "QwenMoeWeights",
     "Source",
     "check_config",
     "export_params",

@@ -24,7 +24,8 @@ class Row:
 
     Attributes:
       parameter: path; that of a block without `stack/period_{j}/`.
-      tensor: name in Hugging Face's files, `{l}` the layer.
+      tensor: name in Hugging Face's files, `{l}` the layer and `{e}` the expert, which are counted by the leading
+        dimensions of the parameter.
       layout: see `paxlike.weights.rearrange`.
       meta: name in Meta's files, None where Meta's models have no such tensor.
       offset: what their value is above ours.
@@ -157,6 +158,42 @@ class LlamaWeights:
     table: ClassVar[str] = "model.embed_tokens.weight"
 
 
+def _experts(tensor: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
+    """A router and its experts."""
+    return (
+        Row("ffn/router/kernel", f"{tensor}.gate.weight", "e d -> d e"),
+        Row("ffn/gate/kernel", f"{tensor}.experts.{{e}}.{gate}.weight", "f d -> d f"),
+        Row("ffn/ffn1/kernel", f"{tensor}.experts.{{e}}.{up}.weight", "f d -> d f"),
+        Row("ffn/ffn2/kernel", f"{tensor}.experts.{{e}}.{down}.weight", "d f -> f d"),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixtralWeights(LlamaWeights):
+    """Mixtral: LLaMA with experts in the place of its feed-forward layers."""
+
+    family: ClassVar[str] = "Mixtral"
+    rows: ClassVar[tuple[Row, ...]] = (
+        *_TABLES,
+        *_norms(mixer_norm="input_layernorm", ffn_norm="post_attention_layernorm"),
+        *_inside(_QKV_BLOCK, "model.layers.{l}.self_attn", "layers.{l}.attention"),
+        *_experts("model.layers.{l}.block_sparse_moe", "w1", "w3", "w2"),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QwenMoeWeights(LlamaWeights):
+    """Qwen3 with experts."""
+
+    family: ClassVar[str] = "Qwen3-MoE"
+    rows: ClassVar[tuple[Row, ...]] = (
+        *_TABLES,
+        *_norms(mixer_norm="input_layernorm", ffn_norm="post_attention_layernorm"),
+        *_inside(_QKV_BLOCK, "model.layers.{l}.self_attn", "layers.{l}.attention"),
+        *_experts("model.layers.{l}.mlp", "gate_proj", "up_proj", "down_proj"),
+    )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GemmaWeights(LlamaWeights):
     """Gemma-2 and Gemma-3 (text): norms before and behind each half; gains as distance from 1, as here."""
@@ -259,19 +296,15 @@ def _pieces(
             _piece(description, path, shape, row, name, (), origin)
             for row, name in zip(rows, names)
         ]
-    return [
-        _piece(
-            description,
-            path,
-            shape,
-            row,
-            str(name).format(l=repeat * period + int(block[1])),
-            (repeat,),
-            origin,
-        )
-        for repeat in range(shape[0])
-        for row, name in zip(rows, names)
-    ]
+    pieces = []
+    for repeat in range(shape[0]):
+        layer = repeat * period + int(block[1])
+        for row, name in zip(rows, names):
+            for expert in range(shape[1]) if "{e}" in row.tensor else (None,):
+                lead = (repeat,) if expert is None else (repeat, expert)
+                tensor = str(name).format(l=layer, e=expert)
+                pieces.append(_piece(description, path, shape, row, tensor, lead, origin))
+    return pieces
 
 
 def _piece(

@@ -10,7 +10,7 @@ import jax
 import torch
 import transformers
 
-from configs import llama
+from configs import llama, mixtral
 from paxlike import parallel
 from paxlike.train.state import abstract_variables
 from paxlike.weights import import_params
@@ -39,6 +39,11 @@ FAMILIES: dict[str, tuple[type[llama.Llama], dict[str, Any]]] = {
     "gemma3": (
         llama.Gemma3_12B,
         {"NUM_LAYERS": 6, "SLIDING_WINDOW": 7, "LOCAL_LAYERS_PER_GLOBAL": 2},
+    ),
+    "mixtral": (mixtral.Mixtral8x7B, {"NUM_LAYERS": 3, "NUM_EXPERTS": 6}),
+    "qwen3-moe": (
+        mixtral.Qwen3_30B_A3B,
+        {"NUM_LAYERS": 3, "NUM_EXPERTS": 8, "NUM_EXPERTS_PER_TOKEN": 3, "EXPERT_HIDDEN_DIMS": 40},
     ),
 }  # fmt: skip
 
