@@ -6,8 +6,10 @@ import fiddle as fdl
 
 from configs.transformer import TransformerKnobs
 from paxlike import parallel
+from paxlike.experiment import Experiment
 from paxlike.layers.feedforward import FeedForward
 from paxlike.layers.moe import MoE, Router
+from paxlike.log.experts import WatchOptions
 from paxlike.ops.routing import Choice
 
 
@@ -56,6 +58,20 @@ class MoEKnobs(TransformerKnobs, abstract=True):
         float | None, "a bias for the choice alone moves so much a step (DeepSeek-V3); None: no bias"
     ] = None
     NUM_SHARED_EXPERTS: Annotated[int, "experts, as one layer, that all tokens go to"] = 0
+    ROUTER_COLLAPSE_SHARE: Annotated[
+        float, "a warning when one expert of a layer has a larger share of the tokens for long, 0: never"
+    ] = 0.75
+    ROUTER_COLLAPSE_SUMMARIES: Annotated[int, "log lines in a row that count as long"] = 5
+
+    def experiment(self) -> fdl.Config[Experiment]:
+        """The whole tree, whose log watches over the routers."""
+        tree = super().experiment()
+        tree.logging.experts = fdl.Config(
+            WatchOptions,
+            share=self.ROUTER_COLLAPSE_SHARE,
+            summaries=self.ROUTER_COLLAPSE_SUMMARIES,
+        )
+        return tree
 
     def moe(self, *, num_layers: int, gated: bool, activation: str | None = None, **options: Any):
         """A layer of experts, one of `num_layers`."""

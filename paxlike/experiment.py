@@ -30,6 +30,7 @@ from paxlike.data.statistics import unigram_entropy_of
 from paxlike.data.tokenizers import check_vocabulary
 from paxlike.evaluate import EvalOptions
 from paxlike.layers import lora
+from paxlike.log.experts import WatchOptions
 from paxlike.log.progress import Progress
 from paxlike.log.run_log import RunLog
 from paxlike.train import loop, replay
@@ -51,6 +52,7 @@ class LogOptions:
       profiler_capture_step: first step of a profiler trace (counted from 1), None for none.
       profiler_num_steps: steps in the trace.
       peak_tflops: peak rate of one device in TFLOP/s for the MFU, None takes it from the chip table.
+      experts: when a router counts as collapsed, which is a warning.
     """
 
     summary_interval_steps: int = 100
@@ -58,6 +60,7 @@ class LogOptions:
     profiler_capture_step: int | None = None
     profiler_num_steps: int = 2
     peak_tflops: float | None = None
+    experts: WatchOptions = WatchOptions()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,6 +310,7 @@ class Experiment:
             tensorboard=options.tensorboard,
             is_main=jax.process_index() == 0,
             compute_dtype=self.compute_dtype,
+            experts=options.experts,
             peak_flops_per_device=None
             if options.peak_tflops is None
             else options.peak_tflops * 1e12,

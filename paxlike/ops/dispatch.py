@@ -237,7 +237,7 @@ def statistics(
 ) -> dict[str, Float[Array, ""]]:
     """What tells whether a router works.
 
-    entropy: mean over tokens of the entropy of the scores, as a share of the largest (1: all alike).
+    choices: experts of a token. entropy: mean over tokens of the entropy of the scores, as a share of the largest (1: all alike).
     dropped: share of tokens without any expert. over_capacity_j: share of the j-th choices that found no place.
     dispatch_j: share of tokens that j experts work for.
     """
@@ -245,6 +245,7 @@ def statistics(
     tokens = jnp.maximum(jnp.sum(chosen.valid), 1)
     entropy = -jnp.sum(chosen.scores * jnp.log(chosen.scores + 1e-30), axis=-1)
     found = {"entropy": jnp.sum(entropy * chosen.valid) / tokens / max(math.log(e), 1e-9)}
+    found["choices"] = jnp.full((), k, jnp.float32)
     if kept is not None:
         served = jnp.sum(kept & (chosen.experts < e), axis=-1)
         share = lambda some: jnp.sum(some & chosen.valid) / tokens

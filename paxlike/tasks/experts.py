@@ -8,13 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from paxlike.log.experts import TABLE
 from paxlike.log.metric import Metric
-
-SHARE = "moe/share"  # of tokens by layer and expert; a picture, not a number
 
 
 def metrics(summaries: Mapping[str, Any], weight: jax.Array) -> dict[str, Metric]:
-    """Means over layers, the largest share of an expert in any layer, and `SHARE` (layers, experts).
+    """Means over layers, the largest share of an expert in any layer, and `TABLE` (layers, experts).
 
     `summaries` is what the layers sowed; the layers of a period stand one behind the other, repeat by repeat.
     """
@@ -32,7 +31,7 @@ def metrics(summaries: Mapping[str, Any], weight: jax.Array) -> dict[str, Metric
     largest = jnp.max(jnp.stack([jnp.max(one) for one in shares]))
     found["moe/largest_share"] = Metric(largest * weight, weight)
     if share is not None:
-        found[SHARE] = Metric(share * weight, weight)
+        found[TABLE] = Metric(share * weight, weight)
     return found
 
 
