@@ -190,5 +190,11 @@ class SyntheticGLaM64B64E(SyntheticData, PileGLaM64B64E):
 def _uniform(**options: Any) -> fdl.Config[Any]:
     """Uniform of variance 1 / inputs."""
     return fdl.Config(
-        nn.initializers.variance_scaling, 1.0, "fan_in", "uniform", in_axis=-2, out_axis=-1, **options
+        nn.initializers.variance_scaling,
+        1.0,
+        "fan_in",
+        "uniform",
+        in_axis=-2,
+        out_axis=-1,
+        **options,
     )

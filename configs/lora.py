@@ -20,6 +20,7 @@ from configs.knobs import Knobs
 from paxlike.experiment import Experiment
 from paxlike.layers.attention import Attention
 from paxlike.layers.feedforward import FeedForward
+from paxlike.layers.latent_attention import LatentAttention
 from paxlike.layers.lora import TRAINABLE, Lora
 from paxlike.layers.moe import MoE
 from paxlike.layers.projection import Projecting
@@ -100,6 +101,9 @@ def adapter(knobs: LoraKnobs) -> fdl.Config[Lora]:
 def projections(node: fdl.Config[Any]) -> tuple[str, ...]:
     """Names of the projections that an attention or feed-forward layer will have."""
     cls = fdl.get_callable(node)
+    if issubclass(cls, LatentAttention):
+        queries = ("query",) if node.query_rank is None else ("query_a", "query_b")
+        return (*queries, "key_a", "key_b", "out")
     if issubclass(cls, Attention):
         heads, groups = node.num_heads, node.num_kv_heads or node.num_heads
         combined = node.combine_qkv and heads == groups

@@ -38,7 +38,8 @@ class MoEKnobs(TransformerKnobs, abstract=True):
         Literal["tokens", "experts"], "who chooses; experts that do see later tokens"
     ] = "tokens"
     ROUTER_SCORE: Annotated[
-        Literal["softmax", "softmax_of_chosen", "sigmoid"], "what makes gates of the router's logits"
+        Literal["softmax", "softmax_of_chosen", "sigmoid"],
+        "what makes gates of the router's logits",
     ] = "softmax"
     RENORMALIZE_GATES: Annotated[bool, "gates of a token are divided by their sum"] = True
     GATE_SCALE: Annotated[float, "factor of the gates"] = 1.0
@@ -55,11 +56,13 @@ class MoEKnobs(TransformerKnobs, abstract=True):
     ] = 0.0
     ROUTER_JITTER: Annotated[float, "noise on what routers read while training, 0: none"] = 0.0
     ROUTER_BIAS_RATE: Annotated[
-        float | None, "a bias for the choice alone moves so much a step (DeepSeek-V3); None: no bias"
+        float | None,
+        "a bias for the choice alone moves so much a step (DeepSeek-V3); None: no bias",
     ] = None
     NUM_SHARED_EXPERTS: Annotated[int, "experts, as one layer, that all tokens go to"] = 0
     ROUTER_COLLAPSE_SHARE: Annotated[
-        float, "a warning when one expert of a layer has a larger share of the tokens for long, 0: never"
+        float,
+        "a warning when one expert of a layer has a larger share of the tokens for long, 0: never",
     ] = 0.75
     ROUTER_COLLAPSE_SUMMARIES: Annotated[int, "log lines in a row that count as long"] = 5
 

@@ -63,17 +63,17 @@ class Attention(Projecting):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b s d"], sequence: Sequence) -> Float[Array, "b s d"]:
-        q, k, v = self._project(x)
+        q, k, v = self._project(x, sequence)
         if self.query_norm is not None:
             q = self.query_norm(q)
         if self.key_norm is not None:
             k = self.key_norm(k)
-        if self.rope is not None:
-            q, k = self.rope(q, sequence.positions), self.rope(k, sequence.positions)
+        q, k = self._turn(q, k, sequence)
         if sequence.cache_length:
             context = self._cached(q, k, v, sequence)
         else:
             context = self._attend_rows(q, k, v, sequence)
+        context = self._values(context)
         context = parallel.shard(context, "batch", "length", "act_heads", None)
         context = checkpoint_name(context, "context")
         axes = ("heads", "head_dim", "embed")
@@ -81,7 +81,17 @@ class Attention(Projecting):
         y = checkpoint_name(parallel.scatter_length(y), "out_proj")
         return Dropout(self.dropout, name="dropout")(y, train=sequence.train)
 
-    def _project(self, x):
+    def _turn(self, q, k, sequence: Sequence):
+        """Queries and keys with their positions."""
+        if self.rope is None:
+            return q, k
+        return self.rope(q, sequence.positions), self.rope(k, sequence.positions)
+
+    def _values(self, context):
+        """What the output projection reads."""
+        return context
+
+    def _project(self, x, sequence: Sequence):
         h, g, size = self.num_heads, self.num_kv_heads or self.num_heads, self.head_dim
         if h % g:
             raise ValueError(f"NUM_HEADS={h} is not a multiple of NUM_KV_HEADS={g}")

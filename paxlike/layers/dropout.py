@@ -76,7 +76,9 @@ class Dropout(nn.Module):
         if there is None or there.key is None:
             keep = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - self.rate, x.shape)
         else:
-            keep = _drawn(self, there, x.shape, lambda k, n: jax.random.bernoulli(k, 1.0 - self.rate, n))
+            keep = _drawn(
+                self, there, x.shape, lambda k, n: jax.random.bernoulli(k, 1.0 - self.rate, n)
+            )
         return jnp.where(keep, x / (1.0 - self.rate), jnp.zeros_like(x))
 
 

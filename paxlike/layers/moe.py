@@ -124,9 +124,7 @@ class MoE(Projecting):
                 f"ACTIVATION='{self.activation}' is none of {', '.join(sorted(ACTIVATIONS))}"
             )
         if self.dispatch not in DISPATCHES:
-            raise ValueError(
-                f"MOE_DISPATCH='{self.dispatch}' is none of {', '.join(DISPATCHES)}"
-            )
+            raise ValueError(f"MOE_DISPATCH='{self.dispatch}' is none of {', '.join(DISPATCHES)}")
         if self.use_bias:
             raise ValueError("experts have no biases: set use_bias=False")
 

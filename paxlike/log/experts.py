@@ -30,9 +30,7 @@ class WatchOptions:
 
     def __post_init__(self):
         if not 0.0 <= self.share <= 1.0:
-            raise ValueError(
-                f"ROUTER_COLLAPSE_SHARE={self.share} is not in [0, 1]; 0 never warns"
-            )
+            raise ValueError(f"ROUTER_COLLAPSE_SHARE={self.share} is not in [0, 1]; 0 never warns")
         if self.summaries < 1:
             raise ValueError(f"ROUTER_COLLAPSE_SUMMARIES={self.summaries} must be at least 1")
 

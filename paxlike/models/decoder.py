@@ -60,6 +60,7 @@ class Decoder(nn.Module):
 
     Attributes:
       embedding: token table; also the output layer unless `head` is given.
+      prefix: a stack in front of `stack`, where the first layers are of another kind; None for none.
       position: module called with `(x, positions)`, or None where the blocks know positions themselves.
       head: an `Embedding` of its own for the output layer (untied weights).
       embedding_dropout: on the sum of token and position.
@@ -71,6 +72,7 @@ class Decoder(nn.Module):
     embedding: Embedding
     stack: nn.Module
     norm: nn.Module
+    prefix: nn.Module | None = None
     position: nn.Module | None = None
     head: Embedding | None = None
     embedding_dropout: float = 0.0
@@ -132,6 +134,8 @@ class Decoder(nn.Module):
             x = parallel.shard(
                 self.dropout(x, train=train), "batch", "residual_length", "act_embed"
             )
+            if self.prefix is not None:
+                x = self.prefix(x, sequence)
             x = parallel.gather_length(self.norm(self.stack(x, sequence)))
         if self.logit_scale is not None:
             x = x * jnp.asarray(self.logit_scale, x.dtype)

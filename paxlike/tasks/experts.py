@@ -17,7 +17,9 @@ def metrics(summaries: Mapping[str, Any], weight: jax.Array) -> dict[str, Metric
 
     `summaries` is what the layers sowed; the layers of a period stand one behind the other, repeat by repeat.
     """
-    layers = [{name: jnp.atleast_1d(value) for name, value in one.items()} for one in _layers(summaries)]
+    layers = [
+        {name: jnp.atleast_1d(value) for name, value in one.items()} for one in _layers(summaries)
+    ]
     if not layers:
         return {}
     shares = [jnp.atleast_2d(one.pop("share")) for one in layers]

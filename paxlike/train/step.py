@@ -168,10 +168,14 @@ def _moved(params, moves):
     """`params` with `moves`, a part of their tree, added; what is not trained stays."""
     if not isinstance(moves, Mapping):
         return None if params is None else params + moves
-    return {
-        name: _moved(value, moves[name]) if name in moves else value
-        for name, value in params.items()
-    } if moves else params
+    return (
+        {
+            name: _moved(value, moves[name]) if name in moves else value
+            for name, value in params.items()
+        }
+        if moves
+        else params
+    )
 
 
 def _split(batch, parts: int):

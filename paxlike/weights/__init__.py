@@ -5,6 +5,7 @@ from paxlike.weights.foreign import is_foreign
 from paxlike.weights.hugging_face import check_config
 from paxlike.weights.importing import Source, import_params, open_folder, open_source
 from paxlike.weights.maps import (
+    DeepSeekWeights,
     GemmaWeights,
     GPT2Weights,
     LlamaWeights,
@@ -13,6 +14,7 @@ from paxlike.weights.maps import (
 )
 
 __all__ = [
+    "DeepSeekWeights",
     "GPT2Weights",
     "GemmaWeights",
     "LlamaWeights",

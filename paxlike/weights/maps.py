@@ -2,7 +2,7 @@
 
 A row names a parameter, the tensor, and how one becomes the other. Everything else comes from the tree of abstract
 parameters: sizes, the number of layers, whether biases, norms of queries and keys, or an output table are there.
-Layer `l` is block `l % n` of repeat `l // n`, where a period has n blocks.
+Layer `l` is block `l % n` of repeat `l // n`, where a period has n blocks; the layers of a `prefix` come first.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 from paxlike.weights.rearrange import Rearrangement, Shape, rearrangement
 
 Origin = Literal["huggingface", "meta"]
-_BLOCK = re.compile(r"stack/period_(\d+)/(.+)")
+_BLOCK = re.compile(r"(prefix|stack)/period_(\d+)/(.+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Row:
     """A parameter (inside a block, or of the model) and the tensor it is.
 
     Attributes:
-      parameter: path; that of a block without `stack/period_{j}/`.
+      parameter: path; that of a block without `stack/period_{j}/` (or `prefix/...`).
       tensor: name in Hugging Face's files, `{l}` the layer and `{e}` the expert, which are counted by the leading
         dimensions of the parameter.
       layout: see `paxlike.weights.rearrange`.
@@ -195,6 +195,49 @@ class QwenMoeWeights(LlamaWeights):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DeepSeekWeights(LlamaWeights):
+    """DeepSeek-V2 and V3: latent attention, shared experts, dense layers first."""
+
+    family: ClassVar[str] = "DeepSeek"
+    rows: ClassVar[tuple[Row, ...]] = (
+        *_TABLES,
+        *_norms(mixer_norm="input_layernorm", ffn_norm="post_attention_layernorm"),
+        *_inside(
+            (
+                Row("mixer/query/kernel", "q_proj.weight", "(h k) d -> d h k"),
+                Row("mixer/query_a/kernel", "q_a_proj.weight", "a d -> d a"),
+                Row("mixer/query_latent_norm/scale", "q_a_layernorm.weight", "a -> a"),
+                Row("mixer/query_b/kernel", "q_b_proj.weight", "(h k) a -> a h k"),
+                Row("mixer/key_a/kernel", "kv_a_proj_with_mqa.weight", "a d -> d a"),
+                Row("mixer/key_latent_norm/scale", "kv_a_layernorm.weight", "a -> a"),
+                Row("mixer/key_b/kernel", "kv_b_proj.weight", "(h k) a -> a h k"),
+                Row("mixer/out/kernel", "o_proj.weight", "d (h k) -> h k d"),
+            ),
+            "model.layers.{l}.self_attn",
+            "",
+        ),
+        *_inside(_GATED_BLOCK, "model.layers.{l}.mlp", ""),
+        *_experts("model.layers.{l}.mlp", "gate_proj", "up_proj", "down_proj"),
+        Row("ffn/choice_bias", "model.layers.{l}.mlp.gate.e_score_correction_bias", "e -> e"),
+        Row(
+            "ffn/shared/gate/kernel",
+            "model.layers.{l}.mlp.shared_experts.gate_proj.weight",
+            "f d -> d f",
+        ),
+        Row(
+            "ffn/shared/ffn1/kernel",
+            "model.layers.{l}.mlp.shared_experts.up_proj.weight",
+            "f d -> d f",
+        ),
+        Row(
+            "ffn/shared/ffn2/kernel",
+            "model.layers.{l}.mlp.shared_experts.down_proj.weight",
+            "d f -> f d",
+        ),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class GemmaWeights(LlamaWeights):
     """Gemma-2 and Gemma-3 (text): norms before and behind each half; gains as distance from 1, as here."""
 
@@ -267,23 +310,40 @@ def plan(
 
     Raises `ValueError` in one line for a parameter that the family has no tensor for.
     """
-    period = len({match[1] for match in map(_BLOCK.fullmatch, shapes) if match})
-    return {
-        path: _pieces(description, path, tuple(shape), period, origin)
-        for path, shape in shapes.items()
+    blocks = {path: _BLOCK.fullmatch(path) for path in shapes}
+    period = {
+        stack: len({match[2] for match in blocks.values() if match and match[1] == stack})
+        for stack in ("prefix", "stack")
     }
+    first = max((shapes[p][0] for p, m in blocks.items() if m and m[1] == "prefix"), default=0)
+    start = {"prefix": 0, "stack": first * period["prefix"]}
+    found = {}
+    for path, shape in shapes.items():
+        match, numbers = blocks[path], None
+        if match:
+            numbers = (start[match[1]] + int(match[2]), period[match[1]])
+        inside = match[3] if match else path
+        found[path] = _pieces(description, path, inside, tuple(shape), numbers, origin)
+    return found
 
 
 def _pieces(
-    description: Description, path: str, shape: Shape, period: int, origin: Origin
+    description: Description,
+    path: str,
+    inside: str,
+    shape: Shape,
+    numbers: tuple[int, int] | None,
+    origin: Origin,
 ) -> list[Piece]:
-    block = _BLOCK.fullmatch(path)
-    inside = block[2] if block else path
+    """`numbers`: layer of the first repeat, and layers of a repeat; None where the parameter is in no block."""
     rows = [
         row
         for row in description.rows
-        if row.parameter == inside and ("{l}" in row.tensor) == bool(block)
+        if row.parameter == inside and ("{l}" in row.tensor) == bool(numbers)
     ]
+    if len({"{e}" in row.tensor for row in rows}) == 2:  # experts, or one layer of the same names
+        many = len(shape) == 4
+        rows = [row for row in rows if ("{e}" in row.tensor) == many]
     names = [row.tensor if origin == "huggingface" else row.meta for row in rows]
     if not rows or None in names:
         where = "Meta's LLaMA" if origin == "meta" else f"{description.family} of Hugging Face"
@@ -291,14 +351,14 @@ def _pieces(
             f"parameter {path} of shape {list(shape)} has no tensor in {where}: "
             "this model is of another family"
         )
-    if not block:
+    if numbers is None:
         return [
             _piece(description, path, shape, row, name, (), origin)
             for row, name in zip(rows, names)
         ]
     pieces = []
     for repeat in range(shape[0]):
-        layer = repeat * period + int(block[1])
+        layer = numbers[0] + repeat * numbers[1]
         for row, name in zip(rows, names):
             for expert in range(shape[1]) if "{e}" in row.tensor else (None,):
                 lead = (repeat,) if expert is None else (repeat, expert)

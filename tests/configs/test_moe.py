@@ -84,7 +84,11 @@ def test_the_others_differ_in_data_alone(name):
             "MOE_GROUPS=100 does not divide the batch of 512 rows x 2048 tokens",
         ),
         ("PileGLaM126M64E", {"NUM_LAYERS": 3}, "NUM_LAYERS=3 is odd"),
-        ("PileGLaM126M64E", {"EXPERT_AXES": ("tensor",)}, "EXPERT_AXES=.'tensor'.: experts go over"),
+        (
+            "PileGLaM126M64E",
+            {"EXPERT_AXES": ("tensor",)},
+            "EXPERT_AXES=.'tensor'.: experts go over",
+        ),
         ("Mixtral8x7B", {"EXPERT_GROUPS": 3}, "NUM_EXPERTS=8 is not a multiple of EXPERT_GROUPS=3"),
         ("Mixtral8x7B", {"MOE_DISPATCH": "einsum"}, "no effect without EXPERT_CAPACITY_FACTOR"),
         ("Mixtral8x7B", {"USE_FP8": True}, "set EXPERT_CAPACITY_FACTOR and MOE_DISPATCH='index'"),

@@ -136,9 +136,7 @@ def test_who_is_dropped_is_the_same_in_every_form_and_passes_by():
     x = inputs(3)
     tight = {"capacity_factor": 0.3, "group_size": 24}
     params = init(layer(**tight), x)
-    found = [
-        apply(layer(dispatch=form, **tight), params, x) for form in FORMS
-    ]
+    found = [apply(layer(dispatch=form, **tight), params, x) for form in FORMS]
     assert_close(found[1:], [found[0]] * 2)
     assert 0 < np.sum(np.all(np.asarray(found[0]) == 0.0, axis=-1)) < ROWS * LENGTH
 
@@ -266,7 +264,10 @@ def test_jitter_changes_the_router_while_training_alone():
     [
         ({"k": 6}, "NUM_EXPERTS_PER_TOKEN=6 is not between 1 and NUM_EXPERTS=5"),
         ({"k": 0}, "NUM_EXPERTS_PER_TOKEN=0 is not between 1 and NUM_EXPERTS=5"),
-        ({"capacity_factor": 0.1, "group_size": 24}, "less than one token for an expert; use a fac"),
+        (
+            {"capacity_factor": 0.1, "group_size": 24},
+            "less than one token for an expert; use a fac",
+        ),
         ({"group_size": 7}, "do not divide into groups of 7 tokens; set MOE_GROUPS"),
         ({"score": "max"}, "ROUTER_SCORE='max' is none of softmax, softmax_of_chosen, sigmoid"),
         ({"dispatch": "magic"}, "MOE_DISPATCH='magic' is none of index, einsum, sort"),

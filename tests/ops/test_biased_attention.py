@@ -37,7 +37,9 @@ def test_values_equal_numpy_and_a_cache_gives_the_same():
     options = {"scale": 0.7, "extra_logit": True}
     q, k, v, table = map(jnp.asarray, (q, k, v, table))
     found = biased_attention(q, k, v, table, segments=jnp.asarray(segments), **options)
-    np.testing.assert_allclose(found, naive(*map(np.asarray, (q, k, v, table)), segments, 0.7), atol=1e-5)
+    np.testing.assert_allclose(
+        found, naive(*map(np.asarray, (q, k, v, table)), segments, 0.7), atol=1e-5
+    )
     whole = biased_attention(q, k, v, table, **options)
     for i in range(6):
         offset = jnp.full((2,), i, jnp.int32)

@@ -62,7 +62,9 @@ def expected(**options):
     return _EXPECTED[key]
 
 
-TIGHT = {"factor": 1.0}  # four places in a group of eight tokens with two experts each: some are dropped
+TIGHT = {
+    "factor": 1.0
+}  # four places in a group of eight tokens with two experts each: some are dropped
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,18 @@ def test_packed_documents_equal_each_document_alone(name, saved):
 
 @pytest.mark.parametrize(
     "name",
-    ["llama2", "llama3.1", "mistral", "qwen2.5", "qwen3", "gemma2", "gemma3", "mixtral", "qwen3-moe"],
+    [
+        "llama2",
+        "llama3.1",
+        "mistral",
+        "qwen2.5",
+        "qwen3",
+        "gemma2",
+        "gemma3",
+        "mixtral",
+        "qwen3-moe",
+    ]
+    + ["deepseek-v2", "deepseek-v3"],
 )
 def test_greedy_generation_equals_hugging_face(name, saved):
     theirs, folder, small = saved(name)
