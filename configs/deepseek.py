@@ -1,7 +1,7 @@
 """DeepSeek-V2 and V3: latent attention, many narrow experts beside shared ones, dense layers first.
 
-Sources: the reports on DeepSeek-V2 and DeepSeek-V3 (2024), Dai et al. 2024 (DeepSeekMoE), Wang et al. 2024 (balancing by
-a bias), and the `config.json` that is published with each. Positions are not stretched (the published models use YaRN
+Sources: the reports on DeepSeek-V2 and DeepSeek-V3 (2024), Dai et al. 2024 (DeepSeekMoE), Wang et al. 2024 (balancing
+by a bias), and the `config.json` that is published with each. Positions are not stretched (the published models use YaRN
 beyond 4,096 tokens), and there is no multi-token prediction.
 """
 
@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 import fiddle as fdl
 
-from configs.optimization import NORMS_AND_BIASES
 from configs.llama import BaseLLaMA
 from configs.moe import MoEKnobs
+from configs.optimization import NORMS_AND_BIASES
 from paxlike.layers.block import Block
 from paxlike.layers.feedforward import FeedForward
 from paxlike.layers.latent_attention import LatentAttention

@@ -1,7 +1,7 @@
 """GLaM as Pax trained it: every other layer has 64 experts, of which a token goes to two.
 
-Sources: Du et al. 2022 (GLaM), Lepikhin et al. 2020 (GShard: router, capacity, auxiliary loss); the numbers are those of
-Pax's GPU configs. Where they differ from its README the README is followed: rows of 2,048 tokens for 64B and 8 rows per
+Sources: Du et al. 2022 (GLaM), Lepikhin et al. 2020 (GShard: router, capacity, auxiliary loss); the numbers are those
+of Pax's GPU configs. Where they differ from its README the README is followed: rows of 2,048 tokens for 64B and 8 rows per
 GPU for 126M.
 """
 

@@ -4,17 +4,22 @@ Sources: Jiang et al. 2024 (Mixtral), the report on Qwen 3, and the `config.json
 is dropped, as in the models as published.
 """
 
-from typing import Any
+from typing import Annotated, Any
 
 import fiddle as fdl
 
 from configs.llama import BaseLLaMA
 from configs.moe import MoEKnobs
-from paxlike.weights import MixtralWeights, QwenMoeWeights
+from paxlike.weights import MixtralWeights, QwenMoeWeights, UpcycledWeights
 
 
 class Mixtral(MoEKnobs, BaseLLaMA, abstract=True):
     """Experts in every layer."""
+
+    UPCYCLE: Annotated[
+        bool,
+        "CHECKPOINT_RESTORE_PATH has the model without experts (Hugging Face): each becomes a copy of its layer",
+    ] = False
 
     def feed_forward(self) -> fdl.Config[Any]:
         """Experts."""
@@ -22,9 +27,30 @@ class Mixtral(MoEKnobs, BaseLLaMA, abstract=True):
 
     def weights(self) -> fdl.Config[Any]:
         """How Hugging Face names these weights."""
+        if self.UPCYCLE:
+            return self._dense_weights()
         return fdl.Config(
             QwenMoeWeights if self.QK_NORM else MixtralWeights,
             config=self.hugging_face_config(),
+            rope_interleaved=self.ROPE_LAYOUT == "interleaved",
+        )
+
+    def _dense_weights(self) -> fdl.Config[Any]:
+        if self.expert_width() != self.HIDDEN_DIMS or self.NUM_SHARED_EXPERTS:
+            raise ValueError(
+                f"UPCYCLE=True copies a layer of HIDDEN_DIMS={self.HIDDEN_DIMS} to each expert: leave EXPERT_HIDDEN_DIMS "
+                "and NUM_SHARED_EXPERTS unset"
+            )
+        if not self.RENORMALIZE_GATES or self.GATE_SCALE != 1.0:
+            raise ValueError(
+                "UPCYCLE=True keeps the function only where the gates of a token sum to 1: set RENORMALIZE_GATES=True "
+                "and GATE_SCALE=1"
+            )
+        if self.USE_LORA:
+            raise ValueError("UPCYCLE=True trains new routers: leave out USE_LORA")
+        return fdl.Config(
+            UpcycledWeights,
+            config=super().hugging_face_config(),
             rope_interleaved=self.ROPE_LAYOUT == "interleaved",
         )
 

@@ -147,7 +147,7 @@ class MoEKnobs(TransformerKnobs, abstract=True):
             )
         if self.MOE_DISPATCH != "index" and self.EXPERT_CAPACITY_FACTOR is None:
             raise ValueError(
-                f"MOE_DISPATCH='{self.MOE_DISPATCH}' has no effect without EXPERT_CAPACITY_FACTOR: tokens are sorted then"
+                f"MOE_DISPATCH='{self.MOE_DISPATCH}' has no effect without EXPERT_CAPACITY_FACTOR: tokens are sorted"
             )
 
     def expert_width(self) -> int:

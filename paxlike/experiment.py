@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from paxlike.checkpoint import (
     Use,
     Weights,
     named_leaves,
+    nested,
     read_metadata,
     restore_params,
     restore_variables,
@@ -249,7 +251,7 @@ class Experiment:
                     f"CHECKPOINT_IGNORE_RULES={[pattern for pattern, _ in weights.rules]} cannot be used on "
                     f"{path}, which is no checkpoint of paxlike: convert it first (scripts/convert.py)"
                 )
-            return lora.adopt(self._import(path, base), initial)
+            return lora.adopt(self._import(path, base, initial), initial)
         rules = weights.rules
         if any(f"/{lora.NAME}/" in name for name in read_metadata(path)["arrays"]):
             rules = (*rules, (rf".*/{lora.NAME}/.*", None))  # the adapters of that run lie unused
@@ -268,7 +270,8 @@ class Experiment:
         else:
             read_metadata(path)
 
-    def _import(self, path: Path, abstract: Any) -> Any:
+    def _import(self, path: Path, abstract: Any, initial: Any = None) -> Any:
+        """The weights in `path`; of `initial` what they do not have and need not (routers of an upcycled model)."""
         if self.weights is None:
             raise ValueError(
                 f"{path} holds weights of another program, and {self.name} does not know their names"
@@ -281,7 +284,13 @@ class Experiment:
                 bars.append(Progress(total, description="import", unit="tensor", enabled=shows))
             bars[0].update(done)
 
-        params = import_params(path, abstract, self.weights, report=report)
+        names = getattr(self.weights, "fresh", None)
+        fresh = {} if initial is None or names is None else named_leaves(initial)
+        fresh = {name: value for name, value in fresh.items() if re.fullmatch(names, name)}
+        wanted = named_leaves(abstract)
+        part = nested({name: leaf for name, leaf in wanted.items() if name not in fresh})
+        params = import_params(path, part, self.weights, report=report)
+        params = with_leaves(abstract, named_leaves(params) | fresh)
         for bar in bars:
             bar.close()
         return params

@@ -24,9 +24,9 @@ from paxlike.layers.feedforward import ACTIVATIONS
 from paxlike.layers.linear import Linear
 from paxlike.layers.projection import Projecting
 from paxlike.layers.sequence import Sequence
-from paxlike.ops.sown import LOSSES, SUMMARIES, UPDATES
 from paxlike.ops import dispatch, routing
 from paxlike.ops.attention import is_plain
+from paxlike.ops.sown import LOSSES, SUMMARIES, UPDATES
 
 DISPATCHES = ("index", "einsum", "sort")
 ROUTERS = ("tokens", "experts")

@@ -56,7 +56,7 @@ class RunLog:
         num_devices: int | None = None,
         compute_dtype: Any = "bfloat16",
         peak_flops_per_device: float | None = None,
-        experts: WatchOptions = WatchOptions(),
+        experts: WatchOptions | None = None,
     ):
         """Opens the log, appending to what an earlier start of the run wrote.
 
@@ -70,7 +70,7 @@ class RunLog:
             num_devices: devices that share the work; all of `jax.devices()` when None.
             compute_dtype: picks the peak rate of the chip table.
             peak_flops_per_device: FLOP/s; given, it takes the place of the chip table.
-            experts: when a router counts as collapsed.
+            experts: when a router counts as collapsed; None: the default.
 
         Raises:
             ValueError: the folder cannot be written to, or the interval is not positive.
@@ -95,7 +95,7 @@ class RunLog:
         self._interval = Interval()
         self._tokens = 0  # tokens trained on since step 0, earlier starts included
         self._in_pause = False
-        self._experts = ExpertWatch(experts)
+        self._experts = ExpertWatch(experts or WatchOptions())
 
     def __enter__(self) -> RunLog:
         return self

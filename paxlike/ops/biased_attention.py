@@ -1,4 +1,4 @@
-"""Causal attention whose scores know how far back a key lies (T5, Raffel et al. 2020, section 2.1), as Pax's GLaM has it.
+"""Causal attention whose scores know how far back a key lies (T5, Raffel et al. 2020, section 2.1), as in GLaM.
 
 Plain products: fused attention has no such bias here.
 

@@ -237,7 +237,7 @@ def statistics(
 ) -> dict[str, Float[Array, ""]]:
     """What tells whether a router works.
 
-    choices: experts of a token. entropy: mean over tokens of the entropy of the scores, as a share of the largest (1: all alike).
+    choices: experts of a token. entropy: mean over tokens of the entropy of the scores, as a share of the largest.
     dropped: share of tokens without any expert. over_capacity_j: share of the j-th choices that found no place.
     dispatch_j: share of tokens that j experts work for.
     """

@@ -147,7 +147,7 @@ def fetch(
 
 
 def _fetch_backward(residuals, dy):
-    source, readers = residuals
+    readers = residuals
     n, r = readers.shape
     back = _rows(dy, readers.reshape(-1)).reshape(n, r, -1)
     dx = jnp.sum(back.astype(jnp.float32), axis=1) if r > 1 else back[:, 0]
@@ -155,7 +155,7 @@ def _fetch_backward(residuals, dy):
 
 
 fetch.defvjp(
-    lambda x, source, readers: (_rows(x, source), (source, readers)),
+    lambda x, source, readers: (_rows(x, source), readers),
     _fetch_backward,
 )
 

@@ -1,7 +1,7 @@
 """Which experts each token goes to, and in which place of their queues: everything about a router but its weight.
 
-Shape legend: g groups of tokens that are routed apart, s tokens of a group, e experts, k experts of a token, c places of
-an expert (its capacity) for the tokens of a group, n groups of experts.
+Shape legend: g groups of tokens that are routed apart, s tokens of a group, e experts, k experts of a token, c places
+of an expert (its capacity) for the tokens of a group, n groups of experts.
 """
 
 from __future__ import annotations
@@ -123,14 +123,14 @@ def capacity(tokens: int, num_experts: int, factor: float) -> int:
     places = int(tokens * factor / num_experts)
     if places < 1:
         raise ValueError(
-            f"EXPERT_CAPACITY_FACTOR={factor} x {tokens} tokens of a group / NUM_EXPERTS={num_experts} is less than one "
-            f"token for an expert; use a factor of {num_experts / tokens:g} or more, fewer groups, or None (dropless)"
+            f"EXPERT_CAPACITY_FACTOR={factor} x {tokens} tokens of a group / NUM_EXPERTS={num_experts} is less "
+            f"than one token for an expert; use a factor of {num_experts / tokens:g} or more, fewer groups, or None (dropless)"
         )
     return -(-places // 4) * 4 if places > 1 else 1
 
 
 def positions(experts: Int[Array, "g s k"], num_experts: int) -> Int[Array, "g s k"]:
-    """The place of each token in the queue of its expert: first choices in the order of the tokens, then second ones."""
+    """The place of each token in the queue of its expert: first choices, in the order of the tokens, come first."""
     g, s, k = experts.shape
     queue = experts.swapaxes(1, 2).reshape(g, k * s)
     rank = jnp.argsort(jnp.argsort(queue, axis=1, stable=True), axis=1)

@@ -86,8 +86,8 @@ def pipeline(
     """`x` (b, ...) through all layers, b rows in `num_microbatches` parts, and what the layers said, by layer.
 
     Args:
-      stage: `(weights of some layers, number of the first of them, x, extras) -> (x, said)` of one microbatch; `said` is
-        a tree of arrays whose first dimension counts these layers. The mean over microbatches and batch shards is what
+      stage: `(weights of some layers, number of the first, x, extras) -> (x, said)` of one microbatch; `said` is a tree
+        of arrays whose first dimension counts these layers. The mean over microbatches and batch shards is what
         comes out of the pipeline.
       weights: of all layers, stacked in a leading dimension that is spread over the axis; with `repeats` above 1 they
         change places once a step, so that what is stored, and saved, is in the order of the layers.

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-
 from paxlike.log.metric import Metric
 from paxlike.ops import attention, cross_entropy, sown
 from paxlike.tasks import choice, experts

@@ -100,7 +100,7 @@ class TrainStep:
         return dataclasses.replace(kept, step=state.step + 1, skipped_steps=skipped), metrics
 
     def _gradients(self, state: TrainState, whole, batch):
-        """Gradients of the mean loss for the part of the `whole` in `state`, new collections, summed metrics, updates."""
+        """Gradients of the mean loss for the part of the `whole` in `state`, new collections, metrics and updates."""
         weight = self.task.weight(batch) + LOSS_EPSILON
         key = jax.random.fold_in(jax.random.key(self.seed), state.step)
         overwritten = {k: v for k, v in state.collections.items() if k == OVERWRITE}

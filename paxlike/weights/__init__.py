@@ -11,6 +11,7 @@ from paxlike.weights.maps import (
     LlamaWeights,
     MixtralWeights,
     QwenMoeWeights,
+    UpcycledWeights,
 )
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "MixtralWeights",
     "QwenMoeWeights",
     "Source",
+    "UpcycledWeights",
     "check_config",
     "export_params",
     "import_params",

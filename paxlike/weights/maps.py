@@ -29,6 +29,7 @@ class Row:
       layout: see `paxlike.weights.rearrange`.
       meta: name in Meta's files, None where Meta's models have no such tensor.
       offset: what their value is above ours.
+      copied: every expert is a copy of the one tensor.
     """
 
     parameter: str
@@ -36,6 +37,7 @@ class Row:
     layout: str
     meta: str | None = None
     offset: float = 0.0
+    copied: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +158,8 @@ class LlamaWeights:
     ignored: ClassVar[str] = r".*rotary_emb.*inv_freq|rope\.freqs"
     output: ClassVar[str] = "lm_head.weight"
     table: ClassVar[str] = "model.embed_tokens.weight"
+    # Parameters that have no tensor and start anew.
+    fresh: ClassVar[str | None] = None
 
 
 def _experts(tensor: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
@@ -192,6 +196,26 @@ class QwenMoeWeights(LlamaWeights):
         *_inside(_QKV_BLOCK, "model.layers.{l}.self_attn", "layers.{l}.attention"),
         *_experts("model.layers.{l}.mlp", "gate_proj", "up_proj", "down_proj"),
     )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UpcycledWeights(LlamaWeights):
+    """A model with experts out of one without: every expert is a copy of the feed-forward layer, routers are new.
+
+    Komatsuzaki et al. 2022 (sparse upcycling). To be read only.
+    """
+
+    family: ClassVar[str] = "LLaMA (upcycled)"
+    rows: ClassVar[tuple[Row, ...]] = (
+        *_TABLES,
+        *_norms(mixer_norm="input_layernorm", ffn_norm="post_attention_layernorm"),
+        *_inside(_QKV_BLOCK, "model.layers.{l}.self_attn", "layers.{l}.attention"),
+        *(
+            dataclasses.replace(row, copied=True)
+            for row in _inside(_GATED_BLOCK[:3], "model.layers.{l}.mlp", "layers.{l}.feed_forward")
+        ),
+    )
+    fresh: ClassVar[str | None] = r".*/ffn/router/kernel"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -360,7 +384,7 @@ def _pieces(
     for repeat in range(shape[0]):
         layer = numbers[0] + repeat * numbers[1]
         for row, name in zip(rows, names):
-            for expert in range(shape[1]) if "{e}" in row.tensor else (None,):
+            for expert in range(shape[1]) if "{e}" in row.tensor or row.copied else (None,):
                 lead = (repeat,) if expert is None else (repeat, expert)
                 tensor = str(name).format(l=layer, e=expert)
                 pieces.append(_piece(description, path, shape, row, tensor, lead, origin))

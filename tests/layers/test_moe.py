@@ -12,8 +12,8 @@ from paxlike.layers.feedforward import ACTIVATIONS
 from paxlike.layers.lora import Lora
 from paxlike.layers.moe import MoE, Router
 from paxlike.layers.sequence import Sequence
-from paxlike.ops.sown import LOSSES, SUMMARIES, UPDATES
 from paxlike.ops.routing import Choice
+from paxlike.ops.sown import LOSSES, SUMMARIES, UPDATES
 
 ROWS, LENGTH, WIDTH, HIDDEN, EXPERTS = 4, 6, 8, 12, 5
 FORMS = ("einsum", "index", "sort")

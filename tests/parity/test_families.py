@@ -114,8 +114,9 @@ def test_packed_documents_equal_each_document_alone(name, saved):
         "gemma3",
         "mixtral",
         "qwen3-moe",
-    ]
-    + ["deepseek-v2", "deepseek-v3"],
+        "deepseek-v2",
+        "deepseek-v3",
+    ],
 )
 def test_greedy_generation_equals_hugging_face(name, saved):
     theirs, folder, small = saved(name)
