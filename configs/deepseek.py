@@ -1,8 +1,8 @@
 """DeepSeek-V2 and V3: latent attention, many narrow experts beside shared ones, dense layers first.
 
 Sources: the reports on DeepSeek-V2 and DeepSeek-V3 (2024), Dai et al. 2024 (DeepSeekMoE), Wang et al. 2024 (balancing
-by a bias), and the `config.json` that is published with each. Positions are not stretched (the published models use YaRN
-beyond 4,096 tokens), and there is no multi-token prediction.
+by a bias), and the `config.json` that is published with each. Positions are not stretched (the published models use
+YaRN), and there is no multi-token prediction.
 """
 
 from typing import Annotated, Any

@@ -1,8 +1,8 @@
 """GLaM as Pax trained it: every other layer has 64 experts, of which a token goes to two.
 
 Sources: Du et al. 2022 (GLaM), Lepikhin et al. 2020 (GShard: router, capacity, auxiliary loss); the numbers are those
-of Pax's GPU configs. Where they differ from its README the README is followed: rows of 2,048 tokens for 64B and 8 rows per
-GPU for 126M.
+of Pax's GPU configs. Where they differ from its README the README is followed: rows of 2,048 tokens for 64B, and 8 rows
+per GPU for 126M.
 """
 
 from typing import Annotated, Any
@@ -138,6 +138,7 @@ class PileGLaM64B64E(PileGLaM126M64E):
     ICI_MESH_SHAPE = (1, 1, 8)
     DCN_MESH_SHAPE = (1, 64, 1)
     PERCORE_BATCH_SIZE = 4
+    SEQUENCE_PARALLEL = True
     USE_REPEATED_LAYER = True
     CHECKPOINT_POLICY = "SAVE_NOTHING"
     LEARNING_RATE = 2e-5

@@ -38,8 +38,8 @@ class Mixtral(MoEKnobs, BaseLLaMA, abstract=True):
     def _dense_weights(self) -> fdl.Config[Any]:
         if self.expert_width() != self.HIDDEN_DIMS or self.NUM_SHARED_EXPERTS:
             raise ValueError(
-                f"UPCYCLE=True copies a layer of HIDDEN_DIMS={self.HIDDEN_DIMS} to each expert: leave EXPERT_HIDDEN_DIMS "
-                "and NUM_SHARED_EXPERTS unset"
+                f"UPCYCLE=True copies a layer of HIDDEN_DIMS={self.HIDDEN_DIMS} to each expert: leave "
+                "EXPERT_HIDDEN_DIMS and NUM_SHARED_EXPERTS unset"
             )
         if not self.RENORMALIZE_GATES or self.GATE_SCALE != 1.0:
             raise ValueError(

@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from scripts.benchmarks import lora, parts, steps  # noqa: E402
+from scripts.benchmarks import lora, moe, parts, steps  # noqa: E402
 
 PARTS = {
     "step": steps.step,
@@ -35,6 +35,7 @@ PARTS = {
     "checkpoint": parts.checkpoint,
     "decode": parts.decode,
     "lora": lora.lora,
+    "moe": moe.moe,
 }
 
 

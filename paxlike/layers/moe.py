@@ -239,8 +239,7 @@ class MoE(Projecting):
             hidden = activation(inner("gate")) * inner("ffn1")
         else:
             hidden = activation(inner("ffn1"))
-        y = parallel.on_experts(experts["ffn2"](hidden), groups, None)
-        return parallel.from_experts(y, groups)
+        return parallel.from_experts(experts["ffn2"](hidden), groups)
 
     def _of_matrices(self, rows, sizes, matrices: dict[str, Matrices], reference: bool):
         """The experts' outputs for rows sorted by expert."""

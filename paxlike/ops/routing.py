@@ -124,7 +124,8 @@ def capacity(tokens: int, num_experts: int, factor: float) -> int:
     if places < 1:
         raise ValueError(
             f"EXPERT_CAPACITY_FACTOR={factor} x {tokens} tokens of a group / NUM_EXPERTS={num_experts} is less "
-            f"than one token for an expert; use a factor of {num_experts / tokens:g} or more, fewer groups, or None (dropless)"
+            f"than one token for an expert; use a factor of {num_experts / tokens:g} or more, fewer groups, or "
+            "None (dropless)"
         )
     return -(-places // 4) * 4 if places > 1 else 1
 

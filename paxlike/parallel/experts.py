@@ -47,7 +47,10 @@ def over_groups(x: jax.Array) -> jax.Array:
 def to_experts(x: Float[Array, "g e c d"]) -> Float[Array, "e gc d"]:
     """What each expert is given by all groups."""
     g, e, c, d = x.shape
-    x = over_groups(x)
+    width = _width_axes(d)
+    x = _held(x, _group_axes(g), (), (), width)
+    x = _held(x, _rest(g), expert_axes(), (), width)
+    # Whole along the width only now: devices that share the rest do not all send the same.
     x = _held(x, _rest(g), expert_axes())
     return x.swapaxes(0, 1).reshape(e, g * c, d)
 
@@ -55,15 +58,16 @@ def to_experts(x: Float[Array, "g e c d"]) -> Float[Array, "e gc d"]:
 def from_experts(y: Float[Array, "e gc d"], num_groups: int) -> Float[Array, "g e c d"]:
     """The inverse of `to_experts`."""
     e, gc, d = y.shape
+    width = _width_axes(d)
     y = y.reshape(e, num_groups, gc // num_groups, d).swapaxes(0, 1)
-    y = _held(y, _rest(num_groups), expert_axes())
+    y = _held(y, _rest(num_groups), expert_axes(), (), width)
+    y = _held(y, _group_axes(num_groups), (), (), width)
     return over_groups(y)
 
 
-def on_experts(h: Float[Array, "e gc f"], num_groups: int, name: str | None) -> jax.Array:
+def on_experts(h: Float[Array, "e gc f"], num_groups: int, name: str) -> Float[Array, "e gc f"]:
     """What experts compute with, its last dimension called `name`."""
-    axes = () if name is None else _rules.mesh_axes(name)
-    return _held(h, expert_axes(), _rest(num_groups), axes)
+    return _held(h, expert_axes(), _rest(num_groups), _rules.mesh_axes(name))
 
 
 def _held(x: jax.Array, *axes: tuple[str, ...]) -> jax.Array:
@@ -82,6 +86,12 @@ def _group_axes(num_groups: int) -> tuple[str, ...]:
         if num_groups % _rules.size_of((*axes, axis), sizes) == 0:
             axes.append(axis)
     return tuple(axes)
+
+
+def _width_axes(width: int) -> tuple[str, ...]:
+    """Axes over which the hidden features of experts are spread, where they divide the width, too."""
+    axes = _rules.mesh_axes("mlp")
+    return axes if width % _rules.size_of(axes, compat.current_mesh_shape()) == 0 else ()
 
 
 def _rest(num_groups: int) -> tuple[str, ...]:
