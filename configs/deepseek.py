@@ -18,7 +18,7 @@ from paxlike.layers.latent_attention import LatentAttention
 from paxlike.weights import DeepSeekWeights
 
 
-class DeepSeek(MoEKnobs, BaseLLaMA, abstract=True):
+class DeepSeekKnobs(MoEKnobs, BaseLLaMA, abstract=True):
     """The DeepSeek model."""
 
     FIRST_DENSE_LAYERS: Annotated[int, "layers without experts, the first ones"] = 1
@@ -32,6 +32,10 @@ class DeepSeek(MoEKnobs, BaseLLaMA, abstract=True):
     ROPE_LAYOUT = "interleaved"
     RMS_NORM_EPSILON = 1e-6
     WEIGHT_DECAY_EXCLUDE = NORMS_AND_BIASES
+
+
+class DeepSeek(DeepSeekKnobs, abstract=True):
+    """Latent attention, dense layers, then layers of experts."""
 
     def model(self) -> fdl.Config[Any]:
         """Dense layers, then layers of experts."""

@@ -19,7 +19,7 @@ from paxlike.layers.norm import RMSNorm
 from paxlike.models.decoder import Decoder
 
 
-class GLaM(MoEKnobs, abstract=True):
+class GLaMKnobs(MoEKnobs, abstract=True):
     """The GLaM model."""
 
     RMS_NORM_EPSILON: Annotated[float, "added to the mean square"] = 1e-6
@@ -30,6 +30,10 @@ class GLaM(MoEKnobs, abstract=True):
     EXPERT_CAPACITY_FACTOR = 2.0
     BALANCE_FIRST_CHOICES = True
     EXPERT_AXES = ("fsdp", "expert")
+
+
+class GLaM(GLaMKnobs, abstract=True):
+    """Blocks with experts and dense ones in turn."""
 
     def model(self) -> fdl.Config[Any]:
         """A decoder of blocks with experts and dense ones in turn."""

@@ -23,6 +23,7 @@ from paxlike.layers.experts import ExpertLinear, Matrices
 from paxlike.layers.feedforward import ACTIVATIONS
 from paxlike.layers.linear import Linear
 from paxlike.layers.projection import Projecting
+from paxlike.layers.remat import EXPERT_ROWS
 from paxlike.layers.sequence import Sequence
 from paxlike.ops import dispatch, routing
 from paxlike.ops.attention import is_plain
@@ -229,7 +230,7 @@ class MoE(Projecting):
     def _in_places(self, xs: Float[Array, "g e c d"], experts) -> Float[Array, "g e c d"]:
         """The experts' outputs where each has as many rows."""
         groups = xs.shape[0]
-        rows = parallel.to_experts(xs.astype(self.dtype))
+        rows = checkpoint_name(parallel.to_experts(xs.astype(self.dtype)), EXPERT_ROWS)
         inner = lambda name: checkpoint_name(
             parallel.on_experts(experts[name](rows), groups, "act_mlp"),
             "ffn1_gate" if name == "gate" else "ffn1",

@@ -65,7 +65,7 @@ class _Blocks(NamedTuple):
     Attributes:
       rows: of a block.
       limit: how many blocks there can be.
-      count: how many there are.
+      used: how many there are.
       group: of each block.
       start: its first row.
       left: rows of its group from there on; more than a block has, or fewer.
@@ -73,7 +73,7 @@ class _Blocks(NamedTuple):
 
     rows: int
     limit: int
-    count: Int[Array, ""]
+    used: Int[Array, ""]
     group: Int[Array, "limit"]
     start: Int[Array, "limit"]
     left: Int[Array, "limit"]
@@ -109,7 +109,7 @@ def _product_in_blocks(x, w, sizes, transposed):
         return jax.lax.dynamic_update_slice_in_dim(y, part, blocks.start[i], 0)
 
     y = jnp.zeros((n + blocks.rows, q), x.dtype)
-    y = jax.lax.fori_loop(0, blocks.count, body, y)[:n]
+    y = jax.lax.fori_loop(0, blocks.used, body, y)[:n]
     return jnp.where((jnp.arange(n) < jnp.sum(sizes))[:, None], y, 0)
 
 
@@ -130,7 +130,7 @@ def _of_matrices(x, dy, sizes) -> jax.Array:
 
     zeros = jnp.zeros((sizes.shape[0], x.shape[1], dy.shape[1]), jnp.float32)
     # A GPU waits for the host to learn of a count that it computed: there the loop runs to its bound.
-    count = blocks.count if platform.is_cpu() else blocks.limit
+    count = blocks.used if platform.is_cpu() else blocks.limit
     return jax.lax.fori_loop(0, count, body, zeros)
 
 

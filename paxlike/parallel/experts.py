@@ -81,7 +81,8 @@ def _held(x: jax.Array, *axes: tuple[str, ...]) -> jax.Array:
 
 def _group_axes(num_groups: int) -> tuple[str, ...]:
     """Batch axes over which so many groups divide."""
-    sizes, axes = compat.current_mesh_shape(), []
+    sizes = compat.current_mesh_shape()
+    axes: list[str] = []
     for axis in _rules.mesh_axes("batch_shards"):
         if num_groups % _rules.size_of((*axes, axis), sizes) == 0:
             axes.append(axis)

@@ -108,5 +108,5 @@ def test_only_matrices_that_have_rows_are_read():
 
     sizes = jnp.zeros(64, jnp.int32).at[jnp.array([3, 40])].set(2)
     blocks = _blocks(4, sizes)
-    assert int(blocks.count) == 2
+    assert int(blocks.used) == 2
     assert blocks.group[:2].tolist() == [3, 40]
