@@ -1,12 +1,15 @@
 """Runs an experiment.
 
-    python main.py --fdl_config=configs.gpt.Quickstart --job_log_dir=DIR [--mode=train|eval|decode|plan|replay]
+    python main.py --fdl_config=configs.gpt.Quickstart --job_log_dir=DIR
+        [--mode=train|eval|decode|plan|replay|check|check_cluster]
 
 Flags become a config, the config an Experiment, and that trains, evaluates, decodes, takes a recorded step again, or is
 planned for hardware that is not here. `--fdl_help` explains a config.
 """
 
+import json
 import os
+import pathlib
 import shlex
 import signal
 import sys
@@ -23,7 +26,11 @@ JOB_LOG_DIR = absl_flags.DEFINE_string(
     "job_log_dir", None, "Folder for everything that the run writes."
 )
 MODE = absl_flags.DEFINE_enum(
-    "mode", "train", ["train", "eval", "decode", "plan", "replay"], "What to do."
+    "mode",
+    "train",
+    ["train", "eval", "decode", "plan", "replay", "check", "check_cluster"],
+    "What to do; check: only says whether the config is right and fits the devices; check_cluster: "
+    "whether its processes can start.",
 )
 EVAL_ON_TEST = absl_flags.DEFINE_boolean(
     "eval_on_test", None, "train: evaluate the held-out sets while training."
@@ -50,7 +57,7 @@ CHIP = absl_flags.DEFINE_string(
     "chip", None, "plan: h100 (the default), a100, v5p, v5e, v6e, or cpu: virtual devices."
 )
 DEVICES = absl_flags.DEFINE_integer(
-    "devices", None, "plan: how many chips, where the mesh does not say it."
+    "devices", None, "plan, check: how many chips, where the mesh does not say it."
 )
 SEARCH = absl_flags.DEFINE_boolean(
     "search", False, "plan: look for the fastest mesh, microbatches and remat policy that fit."
@@ -71,7 +78,9 @@ TFDS_DATA_DIR = absl_flags.DEFINE_string(
     "tfds_data_dir", None, "Folder of TFDS data sets (the knob TFDS_DATA_DIR)."
 )
 MULTIPROCESS = absl_flags.DEFINE_boolean(
-    "multiprocess_gpu", False, "Join a run of several processes."
+    "multiprocess_gpu",
+    None,
+    "Join a run of several processes; by default where srun, mpirun or a JobSet started several.",
 )
 SERVER_ADDR = absl_flags.DEFINE_string(
     "server_addr", None, "multiprocess: host:port of process 0; found by itself under Slurm."
@@ -99,7 +108,7 @@ def main(argv: list[str]) -> int:
     if request.help:
         print(flags.help_page(request, os.environ, color=sys.stdout.isatty()))
         return 0
-    if JOB_LOG_DIR.value is None and MODE.value != "plan":
+    if JOB_LOG_DIR.value is None and MODE.value not in ("plan", "check"):
         raise flags.UsageError(
             "--job_log_dir=DIR is missing: the folder for checkpoints, logs and results"
         )
@@ -112,8 +121,11 @@ def main(argv: list[str]) -> int:
         print(f"note: {notice}", file=sys.stderr)
     if getattr(resolved.tree, "deterministic", False):
         _make_deterministic()
+    _set_xla_flags(resolved)
     if MODE.value == "plan":
         return _plan(argv, environ, resolved)
+    if MODE.value == "check":
+        return _check(resolved)
     return _run(resolved)
 
 
@@ -139,6 +151,8 @@ def _refuse_flags_without_effect() -> None:
         "eval": ("checkpoint", "checkpoint_step", "follow"),
         "decode": ("checkpoint", "checkpoint_step", "prompt", "prompt_file"),
         "replay": ("replay_step",),
+        "check": ("devices",),
+        "check_cluster": (),
         "plan": (
             "chip",
             "devices",
@@ -166,9 +180,11 @@ def _refuse_flags_without_effect() -> None:
     if PLAN_PICTURE.value is not None and SEARCH.value:
         raise flags.UsageError("--plan_picture shows one mesh: leave out --search")
     distributed = MULTIPROCESS.value or SERVER_ADDR.value is not None
-    if distributed and MODE.value == "plan":
+    if MULTIPROCESS.value is False and SERVER_ADDR.value is not None:
+        raise flags.UsageError("--server_addr has no effect with --nomultiprocess_gpu")
+    if distributed and MODE.value in ("plan", "check"):
         raise flags.UsageError(
-            "--multiprocess_gpu and --server_addr have no effect with --mode=plan"
+            f"--multiprocess_gpu and --server_addr have no effect with --mode={MODE.value}"
         )
     if not distributed and (NUM_HOSTS.value is not None or HOST_IDX.value is not None):
         raise flags.UsageError(
@@ -195,10 +211,43 @@ def _build(resolved):
 
 
 def _run(resolved) -> int:
-    _set_up_jax()
+    """Alone, or as one of several processes, which watch each other and end together."""
+    from paxlike.cluster import failure
+    from paxlike.cluster.identity import process_start_time
+    from paxlike.cluster.job import Job
+
+    ends, notice = flags.job_end_time(os.environ)
+    peers = _set_up_jax()
+    job = Job(began=process_start_time(), ends=ends, peers=peers)
+    text = f"{resolved.text}\n\n{notice}\n" if notice else resolved.text
+    try:
+        code = _do(resolved, text, job)
+    except BaseException as error:
+        if peers is None or isinstance(error, SystemExit):
+            raise
+        peers.report(error)
+        peers.wait_for_the_end(failure.code_of(error))
+        raise
+    if peers is not None:
+        peers.close()
+    return code
+
+
+def _describe(error: BaseException) -> str:
+    """An error in one line, with the traceback where it is not paxlike's own."""
+    known = isinstance(error, ValueError | OSError)
+    text = f"error: {error}" if known else ""
+    if not known or not _is_for_the_user(error):
+        text = "".join(traceback.format_exception(error)) + text
+    return text
+
+
+def _do(resolved, text: str, job) -> int:
     experiment = _build(resolved)
     if MODE.value == "train":
-        return experiment.train(JOB_LOG_DIR.value, config=resolved.json, config_text=resolved.text)
+        return experiment.train(JOB_LOG_DIR.value, config=resolved.json, config_text=text, job=job)
+    if MODE.value == "check_cluster":
+        return experiment.check_start(JOB_LOG_DIR.value, config=resolved.json, job=job)
     if MODE.value == "replay":
         return experiment.replay(JOB_LOG_DIR.value, step=REPLAY_STEP.value)
     source = {"checkpoint": CHECKPOINT.value or JOB_LOG_DIR.value, "step": CHECKPOINT_STEP.value}
@@ -244,6 +293,23 @@ def _plan(argv: list[str], environ: dict[str, str], resolved) -> int:
     return command.plan(experiment, options)
 
 
+def _check(resolved) -> int:
+    """Prints the mesh and the batch of a config that fits the devices, as JSON; takes no device."""
+    experiment = _build(resolved)
+    mesh = experiment.mesh
+    if DEVICES.value is not None and DEVICES.value < 1:
+        raise flags.UsageError(f"--devices={DEVICES.value} must be at least 1")
+    if DEVICES.value is not None or -1 not in mesh.ici:
+        experiment = experiment.on_devices(DEVICES.value or mesh.num_devices)
+        mesh = experiment.mesh
+    found = {"config": experiment.name, "axes": mesh.axes, "ici": mesh.ici, "dcn": mesh.dcn}
+    if -1 not in mesh.ici:
+        found |= {"devices": mesh.num_devices, "global_batch_size": experiment.global_batch_size}
+    found |= {"trains": experiment.train_data is not None, "eval_sets": [*experiment.eval_data]}
+    print(json.dumps(found | {"num_steps": experiment.num_steps}))
+    return 0
+
+
 def _make_deterministic() -> None:
     """The flags of XLA, which it reads when jax starts its devices."""
     from paxlike import compat, xla_flags
@@ -255,11 +321,35 @@ def _make_deterministic() -> None:
     xla_flags.make_deterministic(os.environ)
 
 
-def _set_up_jax() -> None:
-    """Everything global about JAX: processes, the compilation cache."""
+def _set_xla_flags(resolved) -> None:
+    """The bundle of compiler flags, and a check of all flags; jax reads them when it starts its devices."""
+    from paxlike import compat, xla_bundles
+
+    name = getattr(resolved.tree, "xla_bundle", "none")
+    if compat.has_started():
+        if name not in ("auto", "none"):
+            raise flags.UsageError(f"XLA_BUNDLE={name} comes too late: jax has started already")
+        return
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", COMPILATION_CACHE.value)
+    bundle, added = xla_bundles.apply(name, os.environ, folder=cache)
+    level = bundle.optimization_level
+    if level and "JAX_OPTIMIZATION_LEVEL" in os.environ:
+        level = None
+    if level:
+        import jax
+
+        jax.config.update("jax_optimization_level", level)
+    if added or level:
+        words = [*added, *([f"optimisation level {level}"] if level else [])]
+        print(f"XLA bundle {bundle.name}: {' '.join(words)}", file=sys.stderr)
+
+
+def _set_up_jax():
+    """Everything global about JAX: processes, the compilation cache. Returns the watch over the other processes."""
     import jax
 
     from paxlike import compat
+    from paxlike.cluster import environment
 
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", COMPILATION_CACHE.value)
     if cache:
@@ -268,10 +358,23 @@ def _set_up_jax() -> None:
         except OSError as error:
             jax.config.update("jax_compilation_cache_dir", None)
             print(f"compiled programs are not kept: {error}", file=sys.stderr)
-    if MULTIPROCESS.value or SERVER_ADDR.value is not None:
-        jax.distributed.initialize(
-            SERVER_ADDR.value, NUM_HOSTS.value, HOST_IDX.value, initialization_timeout=120
-        )
+    place = environment.find_place(
+        os.environ,
+        join=MULTIPROCESS.value,
+        server_addr=SERVER_ADDR.value,
+        num_hosts=NUM_HOSTS.value,
+        host_idx=HOST_IDX.value,
+    )
+    if place is None:
+        return None
+    from paxlike.cluster import peers, processes, rank_log
+
+    print(f"joining: {place}", file=sys.stderr)
+    environment.start(place, heartbeat_timeout_seconds=peers.HEARTBEAT_SECONDS)
+    if processes.alone():
+        return None
+    rank_log.keep(pathlib.Path(JOB_LOG_DIR.value), processes.index())
+    return peers.Peers(pathlib.Path(JOB_LOG_DIR.value), describe=_describe)
 
 
 if __name__ == "__main__":
@@ -279,10 +382,9 @@ if __name__ == "__main__":
         code = main(sys.argv)
         # A scheduler may send SIGTERM twice (to the process and to its group): the second one must not turn the exit
         # code of a run that has saved into that of one that was killed.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
         sys.exit(code)
     except (flags.UsageError, ValueError, OSError) as error:  # OSError: files, disks, time-outs
-        if not _is_for_the_user(error):
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        print(_describe(error), file=sys.stderr)
         sys.exit(2)

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from configs.cli import resolve as _resolve
-from configs.cli.environment import environment_knobs
+from configs.cli.environment import environment_knobs, job_end_time
 from configs.cli.help import help_text, usage_text
 from configs.cli.nearest import ask, nearest
 from configs.cli.registry import find_config, list_configs
@@ -34,6 +34,7 @@ __all__ = [
     "flat_text",
     "help_page",
     "help_text",
+    "job_end_time",
     "list_configs",
     "parse_absl",
     "resolve",

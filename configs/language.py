@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 import fiddle as fdl
 
+from configs.cluster import ClusterKnobs
 from configs.data import DataKnobs
 from configs.knobs import Knobs
 from configs.mesh import MeshKnobs
@@ -14,6 +15,7 @@ from paxlike.data.chat import ChatTemplate
 from paxlike.decode import SamplingOptions
 from paxlike.evaluate import EvalOptions
 from paxlike.experiment import Experiment, InitialWeights, LogOptions
+from paxlike.ops.kernel_check import KernelCheck
 from paxlike.tasks.language import CausalLanguage
 from paxlike.train.best import BestOptions
 from paxlike.train.recorder import RecorderOptions
@@ -50,6 +52,13 @@ class RunKnobs(Knobs):
     DETERMINISTIC: Annotated[
         bool, "the same run gives the same bits on GPUs too, where that takes slower kernels"
     ] = False
+    XLA_BUNDLE: Annotated[
+        Literal["auto", "none", "gpu", "gpu-sharded"],
+        "compiler flags; auto: gpu where there is an NVIDIA GPU, else none",
+    ] = "auto"
+    CHECK_KERNELS: Annotated[
+        bool, "compare fast kernels with the plain ones before the first training on a machine"
+    ] = True
     SPIKE_SIGMAS: Annotated[
         float, "standard deviations above the median that make a loss a spike, 0: only non-finite"
     ] = 8.0
@@ -82,7 +91,7 @@ class DecodeKnobs(Knobs):
 
 
 class LanguageModelKnobs(
-    MeshKnobs, OptimizerKnobs, DataKnobs, RunKnobs, DecodeKnobs, abstract=True
+    MeshKnobs, OptimizerKnobs, DataKnobs, RunKnobs, ClusterKnobs, DecodeKnobs, abstract=True
 ):
     """Vocabulary.
 
@@ -119,6 +128,7 @@ class LanguageModelKnobs(
             accumulation_dtype=self.GRADIENT_ACCUMULATION_DTYPE,
             seed=self.SEED,
             deterministic=self.DETERMINISTIC,
+            xla_bundle=self.XLA_BUNDLE,
             compute_dtype=self.FPROP_DTYPE,
             train_data=self.train_data(),
             eval_data={name: self.eval_data(name) for name in self.EVAL_SETS},
@@ -152,6 +162,8 @@ class LanguageModelKnobs(
                 window=self.SPIKE_WINDOW,
                 max_recordings=self.SPIKE_MAX,
             ),
+            kernels=fdl.Config(KernelCheck, enabled=self.CHECK_KERNELS),
+            cluster=self.cluster(),
             logging=fdl.Config(
                 LogOptions,
                 summary_interval_steps=self.SUMMARY_INTERVAL_STEPS,

@@ -62,20 +62,21 @@ def apply_lora(tree: fdl.Config[Experiment], knobs: LoraKnobs) -> fdl.Config[Exp
     """
     tree = copy.deepcopy(tree)
     paths: list[str] = []
-    for path, node in _projecting(tree.model):
+    for path, node in projecting(tree.model):
         if getattr(node, "dot_general_cls", None) is not None and knobs.LORA_BASE in (
             "int8",
             "nf4",
         ):
             raise ValueError(
-                f"LORA_BASE='{knobs.LORA_BASE}' and USE_FP8=True are two ways to store a weight: choose one"
+                f"LORA_BASE='{knobs.LORA_BASE}' and {'USE_TE' if getattr(knobs, 'USE_TE', False) else 'USE_FP8'}=True "
+                "are two ways to store a weight: choose one"
             )
         names = {f"{path}/{name}": name for name in projections(node)}
         paths += names
         chosen = [name for full, name in names.items() if _is_target(node, full, knobs)]
         if chosen:
             node.adapters = {name: adapter(knobs) for name in chosen}
-    if not any(getattr(node, "adapters", None) for _, node in _projecting(tree.model)):
+    if not any(getattr(node, "adapters", None) for _, node in projecting(tree.model)):
         shown = ", ".join(paths) or "none that takes adapters"
         raise ValueError(
             f"LORA_TARGET_LAYERS='{knobs.LORA_TARGET_LAYERS}' matches no projection; there are {shown}"
@@ -127,18 +128,18 @@ def _is_target(node: fdl.Config[Any], path: str, knobs: LoraKnobs) -> bool:
         ) from error
 
 
-def _projecting(model: fdl.Config[Any]) -> Iterator[tuple[str, fdl.Config[Any]]]:
+def projecting(model: fdl.Config[Any]) -> Iterator[tuple[str, fdl.Config[Any]]]:
     """Layers made of projections, each once, with the path that their parameters will have."""
     for node, path in daglish.iterate(model):
         if isinstance(node, fdl.Config) and _is_projecting(fdl.get_callable(node)):
-            yield _name(path), node
+            yield name_of(path), node
 
 
 def _is_projecting(made: Any) -> bool:
     return isinstance(made, type) and issubclass(made, Projecting)
 
 
-def _name(path: daglish.Path) -> str:
+def name_of(path: daglish.Path) -> str:
     """`.stack.period[0].mixer` -> `stack/period_0/mixer`."""
     name = ""
     for element in path:

@@ -140,11 +140,6 @@ class MoEKnobs(TransformerKnobs, abstract=True):
             self.tokens_of_group(),
             jitter=self.ROUTER_JITTER,
         ).check(self.NUM_EXPERTS)
-        if self.USE_FP8 and (self.EXPERT_CAPACITY_FACTOR is None or self.MOE_DISPATCH == "sort"):
-            raise ValueError(
-                "USE_FP8=True needs experts with as many rows as each other: set EXPERT_CAPACITY_FACTOR and "
-                "MOE_DISPATCH='index'"
-            )
         if self.MOE_DISPATCH != "index" and self.EXPERT_CAPACITY_FACTOR is None:
             raise ValueError(
                 f"MOE_DISPATCH='{self.MOE_DISPATCH}' has no effect without EXPERT_CAPACITY_FACTOR: tokens are sorted"

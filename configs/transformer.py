@@ -4,8 +4,8 @@ from typing import Annotated, Any, Literal
 
 import fiddle as fdl
 from flax import linen as nn
-from flax.linen import fp8_ops
 
+from configs.fp8 import Fp8Knobs
 from configs.language import LanguageModelKnobs
 from paxlike import parallel
 from paxlike.layers import remat
@@ -13,7 +13,7 @@ from paxlike.layers.embedding import Embedding
 from paxlike.layers.stack import Pipeline, Stack
 
 
-class TransformerKnobs(LanguageModelKnobs, abstract=True):
+class TransformerKnobs(Fp8Knobs, LanguageModelKnobs, abstract=True):
     """The blocks."""
 
     NUM_LAYERS: Annotated[int, "transformer blocks"] = 12
@@ -45,7 +45,9 @@ class TransformerKnobs(LanguageModelKnobs, abstract=True):
     USE_CUDNN_FLASH_ATTENTION: Annotated[
         bool | None, "cuDNN attention; None: where it can serve"
     ] = None
-    USE_FP8: Annotated[bool, "FP8 in attention projections and feed-forward layers"] = False
+    ATTENTION_KERNEL: Annotated[
+        Literal["auto", "cudnn", "chunked", "reference"], "auto: the fastest that can serve"
+    ] = "auto"
 
     def stack(self, *period: fdl.Config[Any]) -> fdl.Config[Stack]:
         """NUM_LAYERS blocks, those of `period` in turn."""
@@ -55,13 +57,11 @@ class TransformerKnobs(LanguageModelKnobs, abstract=True):
             )
         repeats, microbatches = self.NUM_LAYERS // len(period), self.microbatches()
         stages = self.mesh().shape.get("pipeline", 1)
-        if stages > 1 and self.USE_FP8:
-            raise ValueError(f"USE_FP8=True cannot be used with {stages} pipeline stages yet")
         remat.choice_of(self.CHECKPOINT_LAYERS, repeats)
-        if self.CHECKPOINT_LAYERS != "all" and (stages > 1 or self.USE_FP8):
-            other = f"{stages} pipeline stages" if stages > 1 else "USE_FP8=True"
+        if self.CHECKPOINT_LAYERS != "all" and stages > 1:
             raise ValueError(
-                f"CHECKPOINT_LAYERS='{self.CHECKPOINT_LAYERS}' cannot be used with {other}: set it to all"
+                f"CHECKPOINT_LAYERS='{self.CHECKPOINT_LAYERS}' cannot be used with {stages} pipeline stages: set it "
+                "to all"
             )
         parallel.check_pipeline(
             stages, layers=repeats, microbatches=microbatches, repeats=self.CIRCULAR_REPEAT
@@ -100,12 +100,20 @@ class TransformerKnobs(LanguageModelKnobs, abstract=True):
             "kernel_init": self.init(),
             "dropout": self.DROPOUT_PROB,
             "dtype": self.FPROP_DTYPE,
-            "dot_general_cls": fp8_ops.Fp8DotGeneralOp if self.USE_FP8 else None,
         }
 
     def attention_backend(self) -> str:
-        """The implementation of attention."""
-        return {None: "auto", True: "cudnn", False: "xla"}[self.USE_CUDNN_FLASH_ATTENTION]
+        """The kernel of attention, by its name in `paxlike.ops.attention_kernels`."""
+        asked, given = self.USE_CUDNN_FLASH_ATTENTION, self.ATTENTION_KERNEL
+        if asked is None:
+            return given
+        if given not in ("auto", "cudnn") if asked else given == "cudnn":
+            raise ValueError(
+                f"USE_CUDNN_FLASH_ATTENTION={asked} and ATTENTION_KERNEL={given} contradict each other: set one of them"
+            )
+        if asked:
+            return "cudnn"
+        return "reference" if given == "auto" else given
 
     def init(self, std: float | None = None) -> fdl.Config[Any]:
         """Gaussian initialiser; a node of its own at each place."""

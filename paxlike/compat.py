@@ -11,11 +11,13 @@ import platform
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from jax._src import compiler as _compiler
 from jax._src import xla_bridge
+from jax._src.interpreters import partial_eval
 from jax.sharding import AxisType, Mesh
 
 
@@ -46,6 +48,12 @@ def current_mesh_shape() -> dict[str, int]:
 def in_manual_region() -> bool:
     """Whether this is traced inside a `shard_map`."""
     return bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def without_dead_code(jaxpr: Any) -> Any:
+    """A closed jaxpr without what none of its results needs, inside loops and recomputed parts too."""
+    kept, _ = partial_eval.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))
+    return kept
 
 
 def program_cache(folder: str | os.PathLike) -> Path:

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import json
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,6 +20,10 @@ from paxlike.train.state import abstract_variables
 
 if TYPE_CHECKING:
     from paxlike.experiment import Experiment
+
+
+class Interrupted(Exception):
+    """An evaluation that was not carried to its end, because the run is to stop."""
 
 
 class HeldOut(Protocol):
@@ -65,10 +69,13 @@ class Evaluator:
             out_shardings=replicated,
         )
 
-    def run(self, variables: Mapping[str, Any]) -> dict[str, Metric]:
-        """Metrics over the pass, summed on the host in float64.
+    def run(
+        self, variables: Mapping[str, Any], *, stopping: Callable[[], bool] | None = None
+    ) -> dict[str, Metric]:
+        """Metrics over the pass, summed on the host in float64; `stopping` is asked before each batch.
 
         Raises:
+          Interrupted: `stopping` said so.
           ValueError: the set has no example.
         """
         totals: dict[str, Metric] = {}
@@ -76,6 +83,8 @@ class Evaluator:
         batches = self._data.epoch(global_batch=self._global_batch, sharding=self._sharding)
         try:
             for batch in itertools.islice(batches, self._max_batches):
+                if stopping is not None and stopping():
+                    raise Interrupted
                 pending.append(self._step(variables, batch))
                 if len(pending) > _in_flight():
                     _add(totals, pending.popleft())

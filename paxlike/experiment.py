@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,14 @@ from paxlike.checkpoint import (
     restore_variables,
     with_leaves,
 )
+from paxlike.cluster import (
+    ClusterOptions,
+    HangOptions,
+    Job,
+    Watchdog,
+    processes,
+    startup,
+)
 from paxlike.data.loader import Loader
 from paxlike.data.statistics import unigram_entropy_of
 from paxlike.data.tokenizers import check_vocabulary
@@ -35,6 +44,8 @@ from paxlike.layers import lora
 from paxlike.log.experts import WatchOptions
 from paxlike.log.progress import Progress
 from paxlike.log.run_log import RunLog
+from paxlike.ops import platform
+from paxlike.plan import fp8, hlo
 from paxlike.train import loop, replay
 from paxlike.train.best import BestOptions
 from paxlike.train.optimizer import Optimizer
@@ -42,6 +53,8 @@ from paxlike.train.ramp import Ramp
 from paxlike.train.recorder import RecorderOptions
 from paxlike.train.state import check_offload
 from paxlike.weights import import_params, is_foreign, open_folder
+
+_CHECK_MINUTES = 5.0  # of the start-up check; a network that hangs is found there first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,9 +109,12 @@ class Experiment:
       train_data, eval_data: loaders; the held-out ones by name.
       tokenizer: text <-> ids, None where there is no text.
       deterministic: on GPUs too, the same run gives the same bits (see `paxlike.xla_flags`).
+      xla_bundle: compiler flags by name (see `paxlike.xla_bundles`); main.py sets them before jax starts.
       initial_weights: what a fresh run starts from, None for random weights.
       weights: how other programs name the weights (`paxlike.weights`), None where none has such a model.
       recorder: which steps are recorded as loss spikes.
+      kernels: what compares fast kernels with plain ones before training (`ops.kernel_check`), None trusts them.
+      cluster: time limit, watchdog and start-up check.
       sampling: options of decoding.
       chat: template that makes prompts conversations when decoding, None for plain texts.
     """
@@ -121,6 +137,7 @@ class Experiment:
     accumulation_dtype: str = "float32"
     seed: int = 1234
     deterministic: bool = False
+    xla_bundle: str = "none"
     compute_dtype: str = "float32"
     initial_weights: InitialWeights | None = None
     weights: Any = None
@@ -128,7 +145,9 @@ class Experiment:
     evaluation: EvalOptions = EvalOptions()
     best: BestOptions = BestOptions()
     recorder: RecorderOptions = RecorderOptions()
+    kernels: Any = None
     logging: LogOptions = LogOptions()
+    cluster: ClusterOptions = ClusterOptions()
     sampling: Any = None
     chat: Any = None
 
@@ -309,6 +328,12 @@ class Experiment:
         places = {name: leaf.sharding for name, leaf in wanted.items()}
         return with_leaves(dict(abstract), jax.jit(start, out_shardings=places)())
 
+    def fp8_products(self, traced: Any, compiled: Any) -> fp8.Products | None:
+        """8-bit products in a step that was compiled for a GPU; None where none were asked for, and elsewhere."""
+        if not platform.is_nvidia() or not fp8.asked_for(traced):
+            return None
+        return fp8.count(traced, hlo.parse(compiled.as_text()))
+
     def open_log(self, directory: Path, *, num_steps: int | None = None) -> RunLog:
         """The log in `directory`; `num_steps` of the training, None where there is none."""
         options = self.logging
@@ -325,14 +350,37 @@ class Experiment:
             else options.peak_tflops * 1e12,
         )
 
-    def train(self, job_log_dir: str, *, config: str = "{}", config_text: str = "") -> int:
+    def train(
+        self,
+        job_log_dir: str,
+        *,
+        config: str = "{}",
+        config_text: str = "",
+        job: Job | None = None,
+    ) -> int:
         """Trains, or goes on with, the run in `job_log_dir`; returns the exit code of the process."""
         if self.train_data is None:
             raise ValueError(f"{self.name} has no training data; use --mode=eval")
         self.best.check(list(self.eval_data), evaluates=bool(self.evaluation.every_n_steps))
+        self.cluster.check()
+        if self.cluster.startup_check and not processes.alone():
+            self.check_start(job_log_dir, config=config, job=job)
         return loop.train(
-            self.on_these_devices(), job_log_dir, config=config, config_text=config_text
+            self.on_these_devices(), job_log_dir, config=config, config_text=config_text, job=job
         )
+
+    def check_start(self, job_log_dir: str, *, config: str = "{}", job: Job | None = None) -> int:
+        """Compares the processes and sums over each mesh axis, as training does before its first step; returns 0."""
+        directory, peers = Path(job_log_dir), None if job is None else job.peers
+        limits = HangOptions(busy_minutes=_CHECK_MINUTES)
+        with Watchdog(limits, directory, peers, what="the start-up check"):
+            report = startup.compare_processes(directory, config)
+            mesh = self.on_these_devices().mesh.build()
+            shape = f"mesh {dict(mesh.shape)}"
+            axes = startup.measure_axes(mesh, [each["host"] for each in report.facts])
+        if processes.is_first():
+            print("\n".join(["check: " + report.line + f"; {shape}", *axes]), file=sys.stderr)
+        return 0
 
     def replay(self, job_log_dir: str, *, step: int | None = None) -> int:
         """Takes a step of the run in `job_log_dir` again with every module watched; see `train.replay`."""

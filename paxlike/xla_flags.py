@@ -55,6 +55,7 @@ def make_deterministic(environ: MutableMapping[str, str]) -> None:
             raise ValueError(
                 f"DETERMINISTIC=True, but XLA_FLAGS has {flag}={value}: take it out, or set DETERMINISTIC=False"
             )
+    environ.setdefault("NCCL_ALGO", "Ring")  # sums in an order that the devices alone decide
     if not is_deterministic(environ):
         environ["XLA_FLAGS"] = f"{environ.get('XLA_FLAGS', '')} {DETERMINISTIC}".strip()
 

@@ -1,16 +1,20 @@
 """Measures paxlike beside what it could be: a bare JAX step, PyTorch, Hugging Face; writes JSON and prints tables.
 
+    python scripts/benchmark.py --suite=h100 --output docs/benchmarks
     python scripts/benchmark.py --parts step,mesh,compile,startup,host,data,checkpoint,decode --output docs/benchmarks
 
 The sides of a comparison are processes of their own that take turns, a few steps each, so that what else the machine
 does meets them all; a ratio is the median over the rounds of the ratios within a round. CPU seconds (all threads) stand
 beside the time on the clock: they are less disturbed where the machine is shared.
+
+`--suite=h100` measures training steps on one GPU, or plans them where there is none (`scripts/benchmarks/suite.py`).
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import importlib
 import importlib.metadata
 import json
 import os
@@ -22,28 +26,32 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from scripts.benchmarks import lora, moe, parts, steps  # noqa: E402
+from scripts.benchmarks import suite  # noqa: E402
 
+# Imported when they are asked for: the suite runs where not all of their imports are installed.
 PARTS = {
-    "step": steps.step,
-    "mesh": steps.mesh,
-    "host": steps.host,
-    "gpu": steps.gpu,
-    "compile": parts.compile_time,
-    "startup": parts.startup,
-    "data": parts.data,
-    "checkpoint": parts.checkpoint,
-    "decode": parts.decode,
-    "lora": lora.lora,
-    "moe": moe.moe,
+    "step": "steps.step",
+    "mesh": "steps.mesh",
+    "host": "steps.host",
+    "gpu": "steps.gpu",
+    "compile": "parts.compile_time",
+    "startup": "parts.startup",
+    "data": "parts.data",
+    "checkpoint": "parts.checkpoint",
+    "decode": "parts.decode",
+    "lora": "lora.lora",
+    "moe": "moe.moe",
 }
 
 
 def main(argv: list[str] | None = None) -> int:
     options = _parse(sys.argv[1:] if argv is None else argv)
+    if options.suite:
+        return suite.run(options)
     for name in options.parts:
         print(f"== {name}", flush=True)
-        result = PARTS[name](options)
+        module, function = PARTS[name].split(".")
+        result = getattr(importlib.import_module(f"scripts.benchmarks.{module}"), function)(options)
         record = {
             "part": name,
             "command": shlex.join(["python", "scripts/benchmark.py", *(argv or sys.argv[1:])]),
@@ -73,6 +81,19 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--no-torch-compile", action="store_true", help="PyTorch eager only")
     parser.add_argument("--output", type=Path, help="folder for one JSON file per part")
+    parser.add_argument("--suite", choices=suite.SUITES, help="rows of training steps on one GPU")
+    parser.add_argument(
+        "--rows", help="of the suite, whose names contain one of these, between commas"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=9.5, help="of the suite: no row is begun after them"
+    )
+    parser.add_argument(
+        "--wheelhouse", type=Path, help="of the suite: wheels that this machine may lack"
+    )
+    parser.add_argument(
+        "--plan-only", action="store_true", help="of the suite: do not look for a GPU"
+    )
     parser.add_argument("--smoke", action="store_true", help="smallest sizes: does it run at all")
     options = parser.parse_args(argv)
     options.parts, options.shapes = options.parts.split(","), options.shapes.split(",")

@@ -13,7 +13,7 @@
 #   ADDITIONAL_ARGS   more arguments of main.py in one word, apart by spaces; those after it too
 #
 # An argument between others may be '' for its default.
-# Environment: SLURM_*; SERVER_PORT (12345); XLA_FLAGS adds to BASE_XLA_FLAGS; PYTHON;
+# Environment: SLURM_*; SERVER_PORT (one by the job); XLA_FLAGS adds to BASE_XLA_FLAGS; PYTHON;
 # DRY_RUN=1 only prints the command.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib/launch.sh"

@@ -31,7 +31,6 @@ for name in EVAL_ONLY USE_LORA USE_MULTIPROCESS; do
 done
 [[ ${USE_MULTIPROCESS:-0} == 0 || -n ${LOG_DIR:-} ]] ||
     die "set LOG_DIR to a folder that all processes see; --help tells more"
-[[ ${ENABLE_TE:-0} == 0 ]] || die "ENABLE_TE=$ENABLE_TE: Transformer Engine is not wired yet; unset it"
 export VOCAB_PATH TFDS_DATA_DIR
 config=${CONFIG:-LLaMA7B}
 use_lora=${USE_LORA:-0}

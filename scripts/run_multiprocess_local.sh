@@ -3,9 +3,10 @@
 #
 #   run_multiprocess_local.sh NUM_PROCESSES [main.py arguments]
 #
-# Each line of output begins with the number of its process. If one process fails the others are
-# stopped, and its status is that of the whole. SIGTERM and Ctrl-C reach all, so that they save
-# together.
+# Each line of output begins with the number of its process. If one process fails the others end by
+# themselves, within seconds, and say which one it was (job_log_dir/processes/failure.txt); what
+# still runs after 5 s is stopped, and after 25 s killed. The status is that of the first that ended. SIGTERM, SIGUSR1 and
+# Ctrl-C reach all, so that they save together.
 #
 # Environment: SERVER_PORT (a free one); JAX_NUM_CPU_DEVICES, virtual devices of each process on a
 # CPU; PYTHON; DRY_RUN=1 only prints the commands.
@@ -39,12 +40,13 @@ pids=()
 for ((idx = 0; idx < num_processes; idx++)); do
     command_of "$idx" "$@"
     # The prefixer ignores the signals: it must outlive what it prints.
-    PYTHONUNBUFFERED=1 "${command[@]}" > >(trap '' TERM INT; exec sed -u "s/^/[$idx] /") 2>&1 &
+    PYTHONUNBUFFERED=1 "${command[@]}" > >(trap '' TERM INT USR1; exec sed -u "s/^/[$idx] /") 2>&1 &
     pids+=($!)
 done
 trap 'kill -TERM "${pids[@]}" 2> /dev/null || true' TERM INT
+trap 'kill -USR1 "${pids[@]}" 2> /dev/null || true' USR1
 
-status=0 deadline=
+status=0 grace='' deadline=
 while [[ ${#pids[@]} -gt 0 ]]; do
     alive=()
     for pid in "${pids[@]}"; do
@@ -58,9 +60,10 @@ while [[ ${#pids[@]} -gt 0 ]]; do
     pids=("${alive[@]}")
     if [[ $status != 0 && $status != 83 && ${#pids[@]} -gt 0 ]]; then # 83: all are saving
         # One that waits for the lost process inside a collective does not hear SIGTERM.
-        if [[ -z $deadline ]]; then
-            kill -TERM "${pids[@]}" 2> /dev/null || true
-            deadline=$((SECONDS + 20))
+        if [[ -z $grace ]]; then
+            grace=$((SECONDS + 5))
+        elif [[ -z $deadline ]]; then
+            [[ $SECONDS -lt $grace ]] || { kill -TERM "${pids[@]}" 2> /dev/null || true; deadline=$((SECONDS + 20)); }
         elif [[ $SECONDS -ge $deadline ]]; then
             kill -KILL "${pids[@]}" 2> /dev/null || true
         fi

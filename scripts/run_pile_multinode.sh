@@ -11,7 +11,7 @@
 #   PERCORE_BATCH_SIZE   sequences a device and step (4)
 #   LOG_DIR              job directory (test_logdir); output in its pile_output.log, -1.log, ...
 #
-# Environment: SLURM_*; SERVER_PORT (12345); XLA_FLAGS adds to BASE_XLA_FLAGS; PYTHON;
+# Environment: SLURM_*; SERVER_PORT (one by the job); XLA_FLAGS adds to BASE_XLA_FLAGS; PYTHON;
 # DRY_RUN=1 only prints the command.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib/launch.sh"

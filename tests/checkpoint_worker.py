@@ -141,7 +141,7 @@ def train_until_asked(folder: str, report: str) -> None:
             time.sleep(0.002 * (1 + jax.process_index()))
             if step == 15:
                 print("running", flush=True)
-            stopping = stop.agreed(step)
+            stopping = stop.agreed()
             checkpointer.save(
                 step, state, data={"step": step}, config=CONFIG, force=stopping, wait=stopping
             )
@@ -155,10 +155,10 @@ def several_processes(folder: str, report: str) -> None:
     from paxlike.checkpoint import (
         Checkpointer,
         CheckpointOptions,
-        processes,
         restore_params,
         wait_for_new_checkpoint,
     )
+    from paxlike.cluster import processes
 
     me = jax.process_index()
     seen: dict[str, Any] = {"shared": processes.share("test", str(me)), "due": []}

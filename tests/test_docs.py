@@ -18,10 +18,12 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Upper-case words of the text with an underscore that are no knobs.
 OTHER_NAMES = {
+    "SLURM_JOB_END_TIME",
     "JAX_NUM_CPU_DEVICES",
     "JAX_PLATFORMS",
     "JAX_COMPILATION_CACHE_DIR",
     "XLA_FLAGS",
+    "NCCL_ALGO",
     "DRY_RUN",
     "NORMS_AND_BIASES",  # a regular expression in configs/optimization.py
     "NUM_REGISTERS",  # of an example of how to declare a knob
@@ -30,17 +32,41 @@ OTHER_NAMES = {
     "SAVE_ALL",
     "GLIBC_TUNABLES",
     "PYTHON_WITH_TORCH",  # stands for an interpreter
+    # of Slurm, Kubernetes, NCCL, jax, and of the job files
+    *(
+        "SLURM_CONF",
+        "SLURM_JOB_END_TIME",
+        "JOB_COMPLETION_INDEX",
+        "NCCL_DEBUG",
+        "NCCL_SOCKET_IFNAME",
+    ),
+    *("JAX_PROCESS_ID", "JAX_NUM_PROCESSES", "JAX_COORDINATOR_ADDRESS", "SERVER_PORT", "TASK_WAIT"),
+    *("LOG_DIR_LOCAL", "ADDITIONAL_ARGS", "OUTPUT_DIR", "MAX_RESTARTS", "BASE_TFDS_DATA_DIR"),
+    *("BASE_VOCAB_PATH", "BASE_CHECKPOINT_RESTORE_PATH"),
 }
 # Flags of programs other than main.py, by the program.
 OTHER_FLAGS = {
     "paxlike": {"input", "vocab_size", "output", "tfds", "split", "data_dir", "tokenizer"}
     | {"cache_dir", "workers", "text_key", "labels", "x", "reference", "title", "num", "seq_len"}
-    | {"template", "max_characters"},
+    | {"template", "max_characters", "max_megabytes"},
     "scripts": {"source", "data_dir", "output", "parts", "shapes", "rounds", "steps", "torch"}
-    | {"to", "dtype", "max_shard_size", "use"},
+    | {"to", "dtype", "max_shard_size", "use", "suite", "wheelhouse", "rows", "check"},
     "XLA": {"xla_dump_to", "xla_dump_hlo_as_text", "xla_gpu_enable_dynamic_slice_fusion"}
-    | {"xla_gpu_deterministic_ops"},
-    "absl": {"flagfile"},
+    | {"xla_gpu_deterministic_ops", "xla_gpu_enable_latency_hiding_scheduler"}
+    | {"xla_gpu_enable_triton_gemm", "xla_gpu_pgle_profile_file_or_directory_path"},
+    "launch": {
+        "nodes",
+        "gpus_per_node",
+        "processes_per_node",
+        "partition",
+        "account",
+        "time",
+        "where",
+    }
+    | {"stages", "prepare", "export", "eval_config", "chain", "container", "env", "dry_run"}
+    | {"request_gpus", "sbatch"},
+    "Slurm": {"ntasks", "gpus", "gres", "signal", "start", "constraint", "kill", "install"},
+    "absl": {"flagfile", "nomultiprocess_gpu"},
     "Pax": {"exp"},
 }
 # Files that a reader or a run makes, and what a reader is told to replace.

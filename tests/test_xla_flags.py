@@ -83,7 +83,13 @@ def test_deterministic_flags_are_added_once(given, expected):
     make_deterministic(environ)
     assert environ["XLA_FLAGS"] == expected
     make_deterministic(environ)
-    assert environ["XLA_FLAGS"] == expected
+    assert environ == {"XLA_FLAGS": expected, "NCCL_ALGO": "Ring"}
+
+
+def test_a_given_algorithm_of_collectives_stands():
+    environ = {"NCCL_ALGO": "Tree"}
+    make_deterministic(environ)
+    assert environ["NCCL_ALGO"] == "Tree"
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,7 @@ class Trainer:
         zero=None,
         offload=False,
         accumulation_dtype="float32",
+        compiler_options=None,
     ):
         count = int(np.prod(shape))
         self.mesh = parallel.Mesh(ici=shape).build(jax.devices()[:count])
@@ -121,7 +122,8 @@ class Trainer:
                 accumulation_dtype=accumulation_dtype,
             )
             jitted = jax.jit(function, donate_argnums=0, out_shardings=(self.shardings, None))
-            self.compiled = jitted.lower(self.abstract, spec).compile()
+            lowered = jitted.lower(self.abstract, spec)
+            self.compiled = lowered.compile(compiler_options)
             self.state = self.factory.initialize(seed)
 
     def step(self, batch):

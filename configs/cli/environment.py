@@ -1,5 +1,6 @@
 """Environment variables of Pax, turned into knobs: the only place where they are read."""
 
+import datetime
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,27 @@ VARIABLES: dict[str, tuple[tuple[str, ...], str]] = {
     "ENABLE_FP8": (("ENABLE_FP8", "USE_FP8"), "0"),
     "NVTE_FUSED_ATTN": (("USE_FUSED_ATTENTION", "USE_CUDNN_FLASH_ATTENTION"), "0"),
 }
+
+JOB_END = "SLURM_JOB_END_TIME"
+
+
+def job_end_time(environ: Mapping[str, str]) -> tuple[float | None, str]:
+    """When Slurm ends this job, in Unix seconds (None: nobody says), and a line about it for the resolved config.
+
+    No knob: it is of this job, and a run that goes on in another one must not inherit it. Raises UsageError for what is
+    no time.
+    """
+    text = environ.get(JOB_END, "").strip()
+    if text in ("", "0"):
+        return None, ""
+    try:
+        seconds = float(text)
+        shown = datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(" ", "seconds")
+    except (ValueError, OverflowError, OSError):
+        raise UsageError(
+            f"environment variable {JOB_END}={text}: the end of the job in Unix seconds wanted"
+        ) from None
+    return seconds, f"# this job ends at {shown}  [environment {JOB_END}={text}]"
 
 
 def environment_knobs(

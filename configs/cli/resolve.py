@@ -14,9 +14,11 @@ the tree made anew, from the recipe. The environment does not count: the file ha
 
 import copy
 import dataclasses
+import importlib.util
 import inspect
 import json
 import shlex
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -267,6 +269,42 @@ def _instead(cls: type[Knobs], name: str) -> str:
     return ask(candidates) or f"; --fdl_help --fdl_config={registry.path_of(cls)} lists its knobs"
 
 
+class _OwnNames(serialization.DefaultPyrefPolicy):
+    """What a config.json may name: paxlike, configs, code of the user, and a few names of libraries.
+
+    The file says what is called when the tree is built, so with any name in it, it could run anything.
+    """
+
+    def allows_import(self, module: str, symbol: str) -> bool:
+        if (module, symbol) in _LIBRARY_NAMES:
+            return True
+        if module in ("builtins", "fiddle._src.config", "fiddle._src.partial"):
+            return "." not in symbol  # of builtins, Fiddle itself allows containers only
+        if not _is_own(module):
+            return False
+        value: Any = importlib.import_module(module)
+        for part in symbol.split("."):
+            value = getattr(value, part)
+            if inspect.ismodule(value):
+                return False  # a way round: paxlike.experiment, os.system
+        if module.partition(".")[0] == "paxlike" and not inspect.isclass(value):
+            return False  # its functions start programs and write files
+        return not callable(value) or _is_own(getattr(value, "__module__", None) or "")
+
+
+_LIBRARY_NAMES = {("flax.linen.fp8_ops", "Fp8DotGeneralOp"), ("jax.nn.initializers", "normal")}
+
+
+def _is_own(module: str) -> bool:
+    """Whether it is of paxlike, or code of the user's, and not of a library."""
+    top = module.partition(".")[0]
+    if top in ("paxlike", "configs"):
+        return True
+    spec = None if not top or top in sys.stdlib_module_names else importlib.util.find_spec(top)
+    places = [] if spec is None else [*(spec.submodule_search_locations or []), spec.origin or ""]
+    return bool(places) and not any("-packages" in place for place in places)
+
+
 def _read_file(file: str) -> Resolved:
     """What a run resolved and wrote."""
     flag = f"--fdl_config_file={file}"
@@ -286,7 +324,7 @@ def _read_file(file: str) -> Resolved:
     if missing := [key for key in keys if key not in stored]:
         raise UsageError(f"{flag}: lacks {', '.join(map(repr, missing))}; the file is damaged")
     try:
-        then = serialization.load_json(json.dumps(stored["tree"]))
+        then = serialization.load_json(json.dumps(stored["tree"]), _OwnNames())
     except Exception as error:  # whatever importing and calling the names in the file can raise
         reason = " ".join(str(error).split())
         raise UsageError(

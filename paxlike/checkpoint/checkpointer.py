@@ -20,10 +20,11 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding
 
-from paxlike.checkpoint import arrays, integrity, layout, processes, upkeep
+from paxlike.checkpoint import arrays, integrity, layout, upkeep
 from paxlike.checkpoint.follow import clear_finished
 from paxlike.checkpoint.options import CheckpointOptions
 from paxlike.checkpoint.reading import ModelMismatch, log, read_newest
+from paxlike.cluster import processes
 
 # With several processes the clock is asked every n-th step: it costs a message between hosts.
 _CLOCK_EVERY_N_STEPS = 10
@@ -61,6 +62,8 @@ class Checkpointer:
         self.options = options or CheckpointOptions()
         self.folder = layout.checkpoints_folder(job_log_dir)
         self.last_stall_seconds = 0.0
+        self.last_save_seconds = 0.0  # until the newest complete one was on disk
+        self._save_began = 0.0
         self._read_only = read_only
         self._claim = None if read_only else upkeep.open_for_writing(self.folder)
         # Steps saved or restored here; all others belong to an earlier start of the run.
@@ -154,7 +157,7 @@ class Checkpointer:
             clear_finished(self.folder.parent)
             upkeep.move_aside(self.folder, step, known=self._known, damaged=self._damaged)
         self._known.add(step)
-        self._saving = step
+        self._saving, self._save_began = step, start
         self._last_save_time = time.monotonic()
         try:
             # Nothing lies there; `force` spares other hosts a look at what they may see late.
@@ -229,6 +232,7 @@ class Checkpointer:
         """Waits for the save under way and then drops old checkpoints; in a thread of its own."""
         try:
             self._orbax.wait_until_finished()
+            self.last_save_seconds = time.perf_counter() - self._save_began
             if processes.is_first():
                 last, every = self.options.keep_last, self.options.keep_every_n_steps
                 upkeep.drop_old(

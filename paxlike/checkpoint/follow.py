@@ -10,7 +10,8 @@ from pathlib import Path
 
 import jax
 
-from paxlike.checkpoint import layout, processes
+from paxlike.checkpoint import layout
+from paxlike.cluster import processes
 
 _MARKER = "finished.json"
 

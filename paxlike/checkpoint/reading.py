@@ -8,8 +8,9 @@ from typing import TypeVar
 
 import jax
 
-from paxlike.checkpoint import integrity, layout, processes
+from paxlike.checkpoint import integrity, layout
 from paxlike.checkpoint.upkeep import first_line, log
+from paxlike.cluster import processes
 
 T = TypeVar("T")
 

@@ -23,8 +23,9 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
-from paxlike.checkpoint import arrays, integrity, layout, processes, upkeep
+from paxlike.checkpoint import arrays, integrity, layout, upkeep
 from paxlike.checkpoint.checkpointer import _metadata, _quiet_orbax
+from paxlike.cluster import processes
 
 Parts = Callable[[], Iterator[tuple[tuple[slice, ...], np.ndarray]]]
 _CHUNK_BYTES = 1 << 26

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import jax
 
-from paxlike.checkpoint import layout, processes
+from paxlike.checkpoint import layout
+from paxlike.cluster import processes
 
 log = logging.getLogger("paxlike.checkpoint")
 _claimed: dict[Path, int] = {}

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from paxlike.checkpoint import arrays, layout, processes
+from paxlike.checkpoint import arrays, layout
 from paxlike.checkpoint.reading import ModelMismatch, log, read_newest
+from paxlike.cluster import processes
 
 Rule = tuple[str, str | None]
 Use = Literal["auto", "params", "ema"]

@@ -126,6 +126,10 @@ class MoE(Projecting):
             )
         if self.dispatch not in DISPATCHES:
             raise ValueError(f"MOE_DISPATCH='{self.dispatch}' is none of {', '.join(DISPATCHES)}")
+        if self.dot_general_cls is not None:
+            raise ValueError(
+                "the products of experts have no other form yet: leave dot_general_cls unset"
+            )
         if self.use_bias:
             raise ValueError("experts have no biases: set use_bias=False")
 
@@ -166,7 +170,6 @@ class MoE(Projecting):
             axes=axes,
             kernel_init=self._init_of(name),
             dtype=self.dtype,
-            dot_general_cls=self.dot_general_cls,
             name=name,
             **self._adapter(name),
         )
@@ -193,11 +196,6 @@ class MoE(Projecting):
         if places is not None and self.dispatch == "index":
             xs, combine = dispatch.by_index(group.split(x), chosen, places)
             return group.join(combine(self._in_places(xs, experts)))
-        if self.dot_general_cls is not None and not is_plain() and not sequence.cache_length:
-            raise ValueError(
-                "USE_FP8=True needs experts with as many rows as each other: set EXPERT_CAPACITY_FACTOR and "
-                "MOE_DISPATCH='index'"
-            )
         if kept is not None:
             e = self.num_experts
             chosen = dataclasses.replace(

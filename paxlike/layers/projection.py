@@ -18,7 +18,7 @@ class Projecting(nn.Module, kw_only=True):  # type: ignore[call-arg]
       kernel_init: initialiser of all kernels.
       kernel_inits: name of a projection -> its own initialiser, where it has one.
       dtype: compute dtype.
-      dot_general_cls: see `Linear`.
+      dot_general_cls: see `Linear`; a mapping from names of projections gives only those one.
       adapters: name of a projection -> what is added to it (see `layers.lora`).
     """
 
@@ -44,10 +44,14 @@ class Projecting(nn.Module, kw_only=True):  # type: ignore[call-arg]
             use_bias=self.use_bias if use_bias is None else use_bias,
             kernel_init=(self.kernel_inits or {}).get(name, self.kernel_init),
             dtype=self.dtype,
-            dot_general_cls=self.dot_general_cls,
+            dot_general_cls=self._dot_general_cls(name),
             name=name,
             **self._adapter(name),
         )
+
+    def _dot_general_cls(self, name: str) -> Any:
+        made = self.dot_general_cls
+        return made.get(name) if isinstance(made, Mapping) else made
 
     def _adapter(self, name: str) -> dict[str, Any]:
         adapter = (self.adapters or {}).get(name)

@@ -20,6 +20,7 @@ from paxlike import parallel
 from paxlike.layers.dropout import Noise, current_noise, noise
 from paxlike.layers.remat import Policy, choice_of, keep_all, policy_of
 from paxlike.layers.sequence import Sequence
+from paxlike.ops import fp8
 from paxlike.ops.sown import SOWN
 
 PyTree = Any
@@ -127,6 +128,7 @@ class Stack(nn.Module):
                 **({} if in_place else {"cache": 0}),
                 **dict.fromkeys(SOWN, 0),
                 "_overwrite_with_gradient": 0,
+                fp8.STATE: 0,
                 "intermediates": 0,
             },
             variable_carry="cache" if in_place else False,
@@ -140,27 +142,27 @@ class Stack(nn.Module):
     def _policy(self) -> Policy | None:
         return policy_of(self.remat) or keep_all(self.scan)
 
-    def _layers_apart(self, what: str) -> tuple[Period, PyTree]:
-        """The blocks by themselves, and the stacked parameters of all repeats: those of `_in_turn`."""
-        others = sorted(name for name in self.variables if name != "params")
+    def _layers_apart(self, what: str) -> tuple[Period, PyTree, PyTree]:
+        """The blocks by themselves, and stacked parameters and FP8 histories of all repeats: those of `_in_turn`."""
+        others = sorted(name for name in self.variables if name not in ("params", fp8.STATE))
         if others:
             raise ValueError(
-                f"{what} does not carry the state in {', '.join(others)} (FP8 scales and the like): train without "
-                f"USE_FP8, or without {what}"
+                f"{what} does not carry the state in {', '.join(others)}: train without {what}"
             )
         blocks = Period(tuple(block.unbind()[0] for block in self.period), parent=None)
-        return blocks, self.variables["params"]
+        return blocks, self.variables["params"], self.variables.get(fp8.STATE, {})
 
     def _some_again(self, x, sequence: Sequence, noise_: Noise):
         """All repeats one after another, only some of which are computed again in the backward pass."""
-        period, weights = self._layers_apart("CHECKPOINT_LAYERS")
+        period, *variables = self._layers_apart("CHECKPOINT_LAYERS")
         inside = dataclasses.replace(noise_, depth=0)
 
         wanted = self._wanted()
 
-        def layer(x, weights, index):
+        def layer(x, weights, history, index):
             with noise(_of_layer(inside, index)):
-                return period.apply({"params": weights}, x, sequence, mutable=wanted)
+                variables = {"params": weights, fp8.STATE: history}
+                return period.apply(variables, x, sequence, mutable=wanted)
 
         def loop(x, start, end, pattern):
             """Repeats from `start` to `end`, in groups that are treated as `pattern` says."""
@@ -170,14 +172,14 @@ class Stack(nn.Module):
             ]
             cut = lambda a: a[start:end].reshape(-1, len(kinds), *a.shape[1:])
 
-            def group(x, weights_and_indices):
+            def group(x, of_group):
                 said = []
                 for number, one in enumerate(kinds):
-                    x, more = one(x, *jax.tree.map(lambda a, n=number: a[n], weights_and_indices))
+                    x, more = one(x, *jax.tree.map(lambda a, n=number: a[n], of_group))
                     said.append(more)
                 return x, jax.tree.map(lambda *parts: jnp.stack(parts), *said)
 
-            xs = jax.tree.map(cut, (weights, jnp.arange(self.repeats)))
+            xs = jax.tree.map(cut, (*variables, jnp.arange(self.repeats)))
             unroll = 1 if self.scan else (end - start) // len(kinds)
             x, said = jax.lax.scan(group, x, xs, unroll=unroll)
             return x, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), said)
@@ -206,29 +208,31 @@ class Stack(nn.Module):
 
     def _pipelined(self, x, sequence: Sequence, noise_: Noise, pipeline: Pipeline):
         """The repeats spread over the stages of the mesh."""
-        period, weights = self._layers_apart("a pipeline")
+        period, weights, history = self._layers_apart("a pipeline")
         rows = jnp.arange(x.shape[0]) if noise_.rows is None else noise_.rows
         of_rows = {"positions": sequence.positions, "segments": sequence.segments}
         extras = (of_rows, None if noise_.key is None else rows)
 
         policy, wanted = self._policy(), self._wanted()
 
-        def stage(weights, first, x, extras):
+        def stage(weights, history, first, x, extras):
             of_rows, rows = extras
             own = dataclasses.replace(sequence, **of_rows)
             mine = dataclasses.replace(noise_, shape=x.shape[:2], depth=0, rows=rows)
 
-            def layer(x, weights_and_index):
-                weights, index = weights_and_index
+            def layer(x, of_layer):
+                weights, history, index = of_layer
                 x = checkpoint_name(x, parallel.LAYER_INPUT)
                 with noise(_of_layer(mine, index)):
-                    return period.apply({"params": weights}, x, own, mutable=wanted)
+                    variables = {"params": weights, fp8.STATE: history}
+                    return period.apply(variables, x, own, mutable=wanted)
 
             if policy is not None and sequence.train:
                 layer = jax.checkpoint(layer, policy=policy, prevent_cse=not self.scan)
             count = jax.tree.leaves(weights)[0].shape[0]
             unroll = 1 if self.scan else count
-            return jax.lax.scan(layer, x, (weights, first + jnp.arange(count)), unroll=unroll)
+            layers = (weights, history, first + jnp.arange(count))
+            return jax.lax.scan(layer, x, layers, unroll=unroll)
 
         x, said = parallel.pipeline(
             stage,
@@ -239,6 +243,8 @@ class Stack(nn.Module):
             repeats=pipeline.repeats,
             policy=policy,
             names=_names(period, x, sequence) if pipeline.gather_once else None,
+            observed=history,
+            copies=fp8.copies,
         )
         self._say(said)
         return parallel.shard(x, "batch", "residual_length", "act_embed")

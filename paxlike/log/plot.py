@@ -20,7 +20,7 @@ import numpy as np
 from paxlike.log.history import TRAIN, History, read_history
 
 # Okabe and Ito's palette without its yellow: told apart by colour-blind readers, too.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#333333")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#333333")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
@@ -57,17 +57,17 @@ def plot_losses(
         if not any(history.series("loss", split=split)[0] for split in _splits(history)):
             raise ValueError(f"nothing to draw: no loss was logged in {str(path)!r} yet")
     labels = labels or [_run_name(path) for path in paths]
-    pyplot = _import_pyplot()
+    pyplot = import_pyplot()
 
     by_tokens = x == "tokens" and all(history.series("tokens")[0] for history in histories)
     scale, x_label = _x_axis(histories, by_tokens)
-    with pyplot.rc_context(_STYLE):
+    with pyplot.rc_context(STYLE):
         figure, axes = pyplot.subplots(figsize=(9, 5.4), layout="constrained")
         losses: list[float] = []
         for index, (history, label) in enumerate(zip(histories, labels, strict=True)):
             # One run: a colour for each split. Several: a colour for each run, markers by split.
             prefix = f"{label}: " if len(histories) > 1 else ""
-            colors = [_COLORS[index % 7]] * 7 if len(histories) > 1 else _COLORS
+            colors = [COLORS[index % 7]] * 7 if len(histories) > 1 else COLORS
             losses += _draw_run(axes, history, prefix, colors, by_tokens, scale)
         for name, value in (reference or {}).items():
             axes.axhline(
@@ -225,7 +225,8 @@ def _parse_reference(text: str) -> tuple[str, float]:
         raise ValueError(f"--reference {text!r} is not NAME=LOSS, such as entropy=6.2") from None
 
 
-def _import_pyplot() -> Any:
+def import_pyplot() -> Any:
+    """matplotlib without a display; ModuleNotFoundError in one line where it is missing."""
     try:
         import matplotlib
     except ModuleNotFoundError:
@@ -238,7 +239,7 @@ def _import_pyplot() -> Any:
     return pyplot
 
 
-_STYLE = {
+STYLE = {
     "font.size": 12,
     "axes.titlesize": 14,
     "axes.spines.top": False,

@@ -2,10 +2,9 @@
 
 Ring attention (Liu et al. 2023, https://arxiv.org/abs/2310.01889): keys and values travel around the devices of the
 context axis while each device attends with its own queries to what it holds at the time. The softmax is summed online
-(Milakov and Gimelshein 2018; Dao et al. 2022, algorithm 1): a running maximum, a running sum and a running output, in
-float32. The backward pass is a second ring, in which the gradients of keys and values travel with them: it needs the
-result and the logarithm of the normaliser of each query and nothing else, so a device keeps memory for its own tokens
-only. Scores exist for `QUERY_BLOCK` queries and one chunk of keys at a time.
+(`ops.scores`). The backward pass is a second ring, in which the gradients of keys and values travel with them: it needs
+the result and the logarithm of the normaliser of each query and nothing else, so a device keeps memory for its own
+tokens only. Scores exist for `QUERY_BLOCK` queries and one chunk of keys at a time.
 
 Tokens are in the zig-zag order (`parallel.Context`): a device holds two chunks, an early one (half 0) and a late one
 (half 1). With a causal mask, at each turn of the ring two of the four products of halves are not empty, whichever
@@ -30,10 +29,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from paxlike import parallel
-from paxlike.ops.attention import Scores
+from paxlike.ops.scores import Keys, Queries, Scores, Sums, fold, fold_back, grouped
 
 QUERY_BLOCK = 512
-_NOTHING = -1e30  # the maximum of no scores: finite, because the difference of two of them is taken
 _BEYOND = 1 << 30  # a position that no query sees
 
 
@@ -135,31 +133,23 @@ def _over_devices(function: Callable[..., Any], how: _How, in_specs, out_specs):
 def _forward_here(me, how: _How, q, k, v, segments):
     """(b, 2n, h, k) of this device, and the log normaliser (b, 2n, h)."""
     groups = k.shape[2]
-    queries = _blocks(_grouped(q, groups))
-    places = _blocks(_places(me, how)[None])[:, :, 0]
-    documents = None if segments is None else _blocks(segments)
-    stats = (*queries.shape[:3], groups, queries.shape[5], queries.shape[3])  # 2 m b g r q
-    state = (
-        jnp.full(stats, _NOTHING, jnp.float32),
-        jnp.zeros(stats, jnp.float32),
-        jnp.zeros((*stats, q.shape[-1]), jnp.float32),
+    queries = Queries(
+        _blocks(grouped(q, groups)),
+        _blocks(_places(me, how)[None])[:, :, 0],
+        None if segments is None else _blocks(segments),
     )
+    shape = queries.q.shape
+    stats = (*shape[:3], groups, shape[5], shape[3])  # 2 m b g r q
+    state = Sums.empty(*stats, head_dim=q.shape[-1])
 
-    def add(state, half, keys: _Keys):
+    def add(state, half, keys: Keys):
         one = lambda a: jax.lax.dynamic_index_in_dim(a, half, keepdims=False)
 
         def block(_, mine):
-            (q, place, document), (top, total, y) = mine
-            scores, visible, _ = _scores(q, place, document, keys, how)
-            new = jnp.maximum(top, jnp.max(scores, axis=-1))
-            weights = jnp.where(visible, jnp.exp(scores - new[..., None]), 0.0)
-            old = jnp.exp(top - new)
-            more = _wide("bgrqt,btgk->bgrqk", weights.astype(keys.v.dtype), keys.v)
-            y = y * old[..., None] + more
-            return None, (new, total * old + jnp.sum(weights, axis=-1), y)
+            queries, sums = mine
+            return None, fold(sums, queries, keys, scores=how.scores, causal=how.causal)
 
-        mine = jax.tree.map(one, ((queries, places, documents), state))
-        _, new = jax.lax.scan(block, None, mine)
+        _, new = jax.lax.scan(block, None, jax.tree.map(one, (queries, state)))
         return jax.tree.map(
             lambda a, x: jax.lax.dynamic_update_index_in_dim(a, x, half, 0), state, new
         )
@@ -173,64 +163,34 @@ def _forward_here(me, how: _How, q, k, v, segments):
 def _backward_here(me, how: _How, q, k, v, segments, dy, lse, delta):
     """Gradients of q, k, v on this device."""
     groups = k.shape[2]
-    queries, outer = _blocks(_grouped(q, groups)), _blocks(_grouped(dy, groups))
-    places = _blocks(_places(me, how)[None])[:, :, 0]
-    documents = None if segments is None else _blocks(segments)
-    grouped = lambda a: jnp.moveaxis(_blocks(a.reshape(*a.shape[:2], groups, -1)), 3, 5)
-    lse, delta = grouped(lse), grouped(delta)  # 2 m b g r q
-    state = jnp.zeros(queries.shape, jnp.float32)
+    queries = Queries(
+        _blocks(grouped(q, groups)),
+        _blocks(_places(me, how)[None])[:, :, 0],
+        None if segments is None else _blocks(segments),
+    )
+    outer = _blocks(grouped(dy, groups))
+    of_heads = lambda a: jnp.moveaxis(_blocks(a.reshape(*a.shape[:2], groups, -1)), 3, 5)
+    lse, delta = of_heads(lse), of_heads(delta)  # 2 m b g r q
+    state = jnp.zeros(queries.q.shape, jnp.float32)
 
-    def add(dq, half, keys: _Keys):
+    def add(dq, half, keys: Keys):
         one = lambda a: jax.lax.dynamic_index_in_dim(a, half, keepdims=False)
 
         def block(gradients, mine):
-            q, place, document, dy, lse, delta, dq = mine
+            queries, dy, lse, delta, dq = mine
             dk, dv = gradients
-            scores, visible, slope = _scores(q, place, document, keys, how)
-            weights = jnp.where(visible, jnp.exp(scores - lse[..., None]), 0.0)
-            dv = dv + _wide("bgrqt,bqgrk->btgk", weights.astype(dy.dtype), dy)
-            dweights = _wide("bqgrk,btgk->bgrqt", dy, keys.v)
-            dscores = weights * (dweights - delta[..., None]) * (how.scores.scale * slope)
-            dscores = dscores.astype(q.dtype)
-            dk = dk + _wide("bgrqt,bqgrk->btgk", dscores, q)
-            return (dk, dv), dq + _wide("bgrqt,btgk->bqgrk", dscores, keys.k)
+            more, more_k, more_v = fold_back(
+                queries, keys, dy, lse, delta, scores=how.scores, causal=how.causal
+            )
+            return (dk + more_k, dv + more_v), dq + more
 
-        mine = jax.tree.map(one, (queries, places, documents, outer, lse, delta, dq))
+        mine = jax.tree.map(one, (queries, outer, lse, delta, dq))
         gradients, new = jax.lax.scan(block, _zeros(keys.k, keys.v), mine)
         return jax.lax.dynamic_update_index_in_dim(dq, new, half, 0), gradients
 
     dq, dk, dv = _walk(me, how, k, v, segments, state, add, gradients=True)
     dq = _unblocks(dq).reshape(q.shape).astype(q.dtype)
     return dq, dk.astype(k.dtype), dv.astype(v.dtype)
-
-
-class _Keys(NamedTuple):
-    """One chunk of keys: k, v (b, t, g, k), its places (t,) and documents (b, t)."""
-
-    k: jax.Array
-    v: jax.Array
-    places: jax.Array
-    documents: jax.Array | None
-
-
-def _scores(q, place, document, keys: _Keys, how: _How):
-    """Scores (b, g, r, q, t) in float32, masked, with the mask and the slope of the cap."""
-    scores = how.scores.scale * _wide("bqgrk,btgk->bgrqt", q, keys.k)
-    slope: Any = 1.0
-    if how.scores.logit_cap is not None:
-        bent = jnp.tanh(scores / how.scores.logit_cap)
-        scores, slope = how.scores.logit_cap * bent, 1.0 - jnp.square(bent)
-    visible = jnp.ones((1, 1, 1, 1, 1), bool)
-    if how.causal:
-        behind = place[:, None] - keys.places[None, :]
-        seen = behind >= 0
-        if how.scores.window is not None:
-            seen &= behind < how.scores.window
-        visible = seen[None, None, None]
-    if document is not None:
-        same = document[:, :, None] == keys.documents[:, None, :]
-        visible = visible & same[:, None, None]
-    return jnp.where(visible, scores, _NOTHING), visible, slope
 
 
 def _walk(me, how: _How, k, v, segments, state, add, *, gradients: bool = False):
@@ -366,7 +326,7 @@ def _add_chunk(add, state, sums, half, held, at, places):
     """`add` for the chunk `at` of the keys held; its gradients go into `sums`, which is None where none are wanted."""
     one = lambda a: jax.lax.dynamic_index_in_dim(a, at, keepdims=False)
     k, v, documents = held
-    keys = _Keys(one(k), one(v), places, None if documents is None else one(documents))
+    keys = Keys(one(k), one(v), places, None if documents is None else one(documents))
     if sums is None:
         return add(state, half, keys), None
     state, more = add(state, half, keys)
@@ -402,12 +362,6 @@ def _whole(a):
     return jnp.moveaxis(a, 0, 1).reshape(b, 2 * n, *rest)
 
 
-def _grouped(q, groups: int):
-    """(b, s, h, k) -> (b, s, g, r, k)."""
-    b, s, h, size = q.shape
-    return q.reshape(b, s, groups, h // groups, size)
-
-
 def _blocks(a):
     """(b, 2n, ...) -> (2, m, b, q, ...): halves, cut into blocks of at most `QUERY_BLOCK` where that divides."""
     b, s, *rest = a.shape
@@ -420,8 +374,3 @@ def _unblocks(a):
     """The inverse of `_blocks`."""
     _, m, b, q, *rest = a.shape
     return jnp.moveaxis(a, 2, 0).reshape(b, 2 * m * q, *rest)
-
-
-def _wide(form: str, a, b):
-    """The contraction `form` with its result in float32."""
-    return jnp.einsum(form, a, b, preferred_element_type=jnp.float32)

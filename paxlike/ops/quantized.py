@@ -2,13 +2,12 @@
 
 `int8`: integers and one scale per output feature. `nf4`: the 16 quantiles of a normal distribution, two to a byte, and
 one scale per block of 64 along the last dimension (Dettmers et al. 2023, QLoRA; the scales stay float32: they are not
-quantised a second time). A stored weight is a dictionary of arrays, `{"int8", "scale"}` or `{"nf4", "absmax"}`, or a
-plain array.
+quantised a second time). Codes and values are those of qwix; how they are kept is decided here. A stored weight is a
+dictionary of arrays, `{"int8", "scale"}` or `{"nf4", "absmax"}`, or a plain array.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -21,25 +20,6 @@ Stored = Any  # an array, or the dictionary of a quantised one
 Names = tuple[str | None, ...]
 
 BLOCK = 64
-# The values in [-1, 1] that divide a normal distribution evenly, 0 among them (QLoRA, appendix E).
-NF4 = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
 
 
 def quantize(
@@ -54,19 +34,21 @@ def quantize(
     Raises:
       ValueError: the last dimension is odd, so that 4-bit codes do not fill bytes.
     """
+    import qwix
+
     weight = weight.astype(jnp.float32)
     if kind == "int8":
-        scale = jnp.max(jnp.abs(weight), axis=input_axes, keepdims=True) / 127.0
-        codes = jnp.round(weight / jnp.where(scale == 0, 1.0, scale))
-        return {"int8": codes.astype(jnp.int8), "scale": scale}
-    *lead, size = weight.shape
-    block = _block(size)
-    blocks = weight.reshape(*lead, size // block, block)
-    absmax = jnp.max(jnp.abs(blocks), axis=-1)
-    normed = (blocks / jnp.where(absmax == 0, 1.0, absmax)[..., None]).reshape(weight.shape)
-    codes = jnp.zeros(weight.shape, jnp.uint8)
-    for low, high in itertools.pairwise(NF4):
-        codes += normed > (low + high) / 2
+        outputs = tuple(i for i in range(weight.ndim) if i not in input_axes)
+        found = qwix.quantize(weight, jnp.int8, channelwise_axes=outputs)
+        return {"int8": found.qvalue, "scale": found.scale}
+    block = _block(weight.shape[-1])
+
+    def of_row(row):
+        found = qwix.quantize(row, "nf4", tiled_axes={0: block})
+        return found.qvalue.astype(jnp.uint8), found.scale
+
+    # Row by row: qwix flattens what it is given, which would gather a weight that is sharded.
+    codes, absmax = jnp.vectorize(of_row, signature="(n)->(n),(m)")(weight)
     return {"nf4": codes[..., 0::2] | (codes[..., 1::2] << 4), "absmax": absmax}
 
 
@@ -74,14 +56,20 @@ def dequantize(stored: Stored, dtype: Any = "float32") -> jax.Array:
     """The weight that `stored` stands for; a plain array is cast."""
     if not isinstance(stored, Mapping):
         return jnp.asarray(stored, dtype)
+    import qwix
+
     if "int8" in stored:
-        return (jnp.asarray(stored["int8"], jnp.float32) * stored["scale"]).astype(dtype)
-    codes, absmax = jnp.asarray(stored["nf4"]), stored["absmax"]
+        wide = qwix.dequantize(qwix.QArray(jnp.asarray(stored["int8"]), stored["scale"]))
+        return wide.astype(dtype)
+    codes = jnp.asarray(stored["nf4"])
     *lead, half = codes.shape
     both = jnp.stack([codes & 15, codes >> 4], axis=-1).reshape(*lead, 2 * half)
-    values = jnp.asarray(NF4, jnp.float32)[both.astype(jnp.int32)]
-    blocks = values.reshape(*absmax.shape, 2 * half // absmax.shape[-1])
-    return (blocks * absmax[..., None]).reshape(*lead, 2 * half).astype(dtype)
+
+    def of_row(row, absmax):
+        return qwix.dequantize(qwix.QArray(row.astype(jnp.uint4), absmax, None, "nf4"))
+
+    wide = jnp.vectorize(of_row, signature="(n),(m)->(n)")(both, jnp.asarray(stored["absmax"]))
+    return wide.astype(dtype)
 
 
 def names(kind: str, axes: Names, *, num_inputs: int) -> dict[str, Names]:

@@ -19,6 +19,7 @@ from paxlike.parallel.experts import (
 )
 from paxlike.parallel.kernel import Kernel, kernel_init
 from paxlike.parallel.mesh import AXES, BATCH_AXES, Mesh
+from paxlike.parallel.pipeline import AXIS as PIPELINE_AXIS
 from paxlike.parallel.pipeline import (
     LAYER_INPUT,
     bubble,
@@ -50,6 +51,7 @@ __all__ = [
     "DEFAULT_RULES",
     "EXPERT",
     "LAYER_INPUT",
+    "PIPELINE_AXIS",
     "Context",
     "Kernel",
     "Mesh",

@@ -73,7 +73,7 @@ def bubble(stages: int, microbatches: int, repeats: int = 1) -> float:
 
 
 def pipeline(
-    stage: Callable[[PyTree, jax.Array, jax.Array, PyTree], tuple[jax.Array, PyTree]],
+    stage: Callable[[PyTree, PyTree, jax.Array, jax.Array, PyTree], tuple[jax.Array, PyTree]],
     weights: PyTree,
     x: jax.Array,
     extras: PyTree,
@@ -82,13 +82,15 @@ def pipeline(
     repeats: int = 1,
     policy: Callable[..., Any] | None = None,
     names: PyTree = None,
+    observed: PyTree = None,
+    copies: Callable[[PyTree, int], PyTree] | None = None,
 ) -> tuple[jax.Array, PyTree]:
     """`x` (b, ...) through all layers, b rows in `num_microbatches` parts, and what the layers said, by layer.
 
     Args:
-      stage: `(weights of some layers, number of the first, x, extras) -> (x, said)` of one microbatch; `said` is a tree
-        of arrays whose first dimension counts these layers. The mean over microbatches and batch shards is what
-        comes out of the pipeline.
+      stage: `(weights of some layers, observed of them, number of the first, x, extras) -> (x, said)` of one
+        microbatch; `said` is a tree of arrays whose first dimension counts these layers. The mean over microbatches
+        and batch shards is what comes out of the pipeline.
       weights: of all layers, stacked in a leading dimension that is spread over the axis; with `repeats` above 1 they
         change places once a step, so that what is stored, and saved, is in the order of the layers.
       extras: arrays of b rows that each stage needs beside `x` (positions, segments).
@@ -96,6 +98,9 @@ def pipeline(
       names: logical names of the dimensions of one layer's weights (tuples, in a tree like `weights`). With them
         weights are gathered over the axes of the batch once a step, and their gradients reduced once; each device holds
         its stage's weights and gradients whole, in their own dtype. None gathers and reduces in every tick.
+      observed: small arrays of all layers, stacked like `weights`, whose cotangents are not to be added up but combined
+        by `copies(observed, n)`: it gives each a dimension of n behind that of the layers, one for each part of the
+        batch that is worked on at a time, and takes back a cotangent for each; zeros where there is nothing to say.
     """
     stages = num_stages()
     layers = jax.tree.leaves(weights)[0].shape[0]
@@ -116,14 +121,24 @@ def pipeline(
     )
     run = jax.shard_map(
         local,
-        in_specs=(P(AXIS), P(AXIS), rows, rows),
+        in_specs=(P(AXIS), P(AXIS), P(AXIS, by_hand), rows, rows),
         out_specs=(rows, P((AXIS, *by_hand))),
         axis_names={AXIS, *by_hand},
         check_vma=False,
     )
-    copies = lambda a: _copies(a, stages)
+    ticks, shards = num_microbatches * repeats + stages - 1, 1
+    for axis in by_hand:
+        shards *= compat.current_mesh_shape()[axis]
+    if copies is not None:
+        observed = jax.tree.map(
+            lambda a: a.reshape(a.shape[0], shards, ticks, *a.shape[2:]),
+            copies(observed, shards * ticks),
+        )
+    at_each = lambda a: _copies(a, stages)
     # Each stage is told its number: an axis index cannot be lowered where other axes are the compiler's.
-    outputs, said = run(jnp.arange(stages), weights, copies(x), jax.tree.map(copies, extras))
+    outputs, said = run(
+        jnp.arange(stages), weights, observed, at_each(x), jax.tree.map(at_each, extras)
+    )
 
     def by_layer(a):
         """(stages x shards, repeats, layers of a round, ...) -> (layers, ...)."""
@@ -146,9 +161,16 @@ def _copies(x: jax.Array, stages: int) -> jax.Array:
     return jnp.broadcast_to(parts, (stages, *parts.shape))
 
 
-def _local(stage, number, weights, x, extras, *, stages, num_microbatches, repeats, policy):
-    """What one stage does: `weights` are its layers; `x` and `extras` (1, stages, b, ...) the rows."""
+def _local(
+    stage, number, weights, observed, x, extras, *, stages, num_microbatches, repeats, policy
+):
+    """What one stage does: `weights` are its layers; `x` and `extras` (1, stages, b, ...) the rows.
+
+    `observed` are (layers, 1, ticks, ...): a shard of the rows has its own.
+    """
     me = number[0]
+    observed = _exchange(jax.tree.map(lambda a: a[:, 0], observed), me, stages, repeats)
+    observed = jax.tree.map(lambda a: jnp.moveaxis(a, 2, 0), observed)  # (ticks, repeats, ...)
     rounds = _exchange(weights, me, stages, repeats)
     per_round = jax.tree.leaves(rounds)[0].shape[1]
     mine = num_microbatches // stages
@@ -157,14 +179,20 @@ def _local(stage, number, weights, x, extras, *, stages, num_microbatches, repea
     to_next = [(i, (i + 1) % stages) for i in range(stages)]
     group = stages * repeats  # work that a stage does on as many microbatches as there are stages
 
-    def compute(rounds, turn, first, state, extra):
-        own = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, turn, keepdims=False), rounds)
-        return stage(own, first, state, extra)
+    def compute(rounds, observed, turn, first, state, extra):
+        own = jax.tree.map(
+            lambda w: jax.lax.dynamic_index_in_dim(w, turn, keepdims=False), (rounds, observed)
+        )
+        return stage(*own, first, state, extra)
 
     compute = jax.checkpoint(compute, policy=functools.partial(_keeps, policy), prevent_cse=False)
 
-    def tick(carry, time):
+    def tick(carry, time_and_observed):
         state, outputs, said = carry
+        time, observed = time_and_observed
+        # What a stage sees while it has nothing to do does not count.
+        working = (time >= me) & (time - me < num_microbatches * repeats)
+        observed = jax.tree.map(lambda a: jnp.where(working, a, jax.lax.stop_gradient(a)), observed)
         # Microbatches come in groups of as many as there are stages: what the last stage ends in one tick, the first
         # one takes up again, one repeat further, in the next.
         work = jnp.clip(time - me, 0, num_microbatches * repeats - 1)
@@ -175,9 +203,10 @@ def _local(stage, number, weights, x, extras, *, stages, num_microbatches, repea
         extra = jax.tree.map(
             lambda a: jax.lax.dynamic_index_in_dim(a, which, keepdims=False), beside
         )
-        state, more = compute(rounds, turn, (turn * stages + me) * per_round, state, extra)
-        counts = (time >= me) & (time - me < num_microbatches * repeats)
-        share = jnp.where(counts, 1.0 / num_microbatches, 0.0)
+        state, more = compute(
+            rounds, observed, turn, (turn * stages + me) * per_round, state, extra
+        )
+        share = jnp.where(working, 1.0 / num_microbatches, 0.0)
         said = jax.tree.map(lambda a, b: a.at[turn].add(share * b), said, more)
         done = (me == stages - 1) & (turn == repeats - 1) & (time >= me)
         before = jax.lax.dynamic_index_in_dim(outputs, which, keepdims=False)
@@ -186,12 +215,12 @@ def _local(stage, number, weights, x, extras, *, stages, num_microbatches, repea
         )
         return (jax.lax.ppermute(state, AXIS, to_next), outputs, said), None
 
-    first = jax.tree.map(lambda a: a[0], (inputs, beside))
-    _, silent = jax.eval_shape(compute, rounds, me, me, *first)
+    first, seen = jax.tree.map(lambda a: a[0], ((inputs, beside), observed))
+    _, silent = jax.eval_shape(compute, rounds, seen, me, me, *first)
     silent = jax.tree.map(lambda a: jnp.zeros((repeats, *a.shape), jnp.float32), silent)
     start = (jnp.zeros_like(inputs[0]), jnp.zeros_like(inputs), silent)
     ticks = jnp.arange(num_microbatches * repeats + stages - 1)
-    (_, outputs, said), _ = jax.lax.scan(tick, start, ticks)
+    (_, outputs, said), _ = jax.lax.scan(tick, start, (ticks, observed))
     outputs = outputs.reshape(stages, mine, *outputs.shape[1:])
     outputs = jnp.moveaxis(outputs, 1, 2).reshape(x.shape)
     return outputs, jax.tree.map(lambda a: a[None], said)
@@ -228,8 +257,7 @@ def _exchange(weights: PyTree, me: jax.Array, stages: int, repeats: int) -> PyTr
 
     Stored, a shard has consecutive layers; in round r, stage s computes group r * stages + s of them.
     """
-    size = jax.tree.leaves(weights)[0].shape[0] // repeats
-    parts = jax.tree.map(lambda w: w.reshape(repeats, size, *w.shape[1:]), weights)
+    parts = jax.tree.map(lambda w: w.reshape(repeats, -1, *w.shape[1:]), weights)
     if repeats == 1:
         return parts
     sends = _rounds_of_sends(stages, repeats)

@@ -20,7 +20,7 @@ import jax
 from paxlike import compat, parallel
 from paxlike.log.flops import traced_flops
 from paxlike.ops import platform
-from paxlike.plan import hlo, target
+from paxlike.plan import fp8, hlo, target
 from paxlike.plan.chips import ASSUMED, USABLE_MEMORY, Chip, Efficiency
 from paxlike.plan.timeline import Estimate, estimate
 from paxlike.train.loop import batch_spec, jit_step, model_flops, state_factory
@@ -73,6 +73,7 @@ class Plan:
       flops: that the model needs, of all devices; the executed ones of a device are in `estimate`.
       traced_flops: of the products in the traced step, of all devices: with what is recomputed.
       attention: the form of attention that was compiled.
+      fp8: 8-bit products that were asked for and found, None where none were.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Plan:
     estimate: Estimate
     efficiency: Efficiency
     attention: str
+    fp8: fp8.Products | None
     notices: tuple[str, ...]
     trace_seconds: float
     compile_seconds: float
@@ -160,6 +162,7 @@ class Program:
     nodes: list[int]
     abstract: Any
     spec: Any
+    traced: Any
     lowered: Any
     flops: int
     traced_flops: int
@@ -220,6 +223,7 @@ class Program:
             estimate=estimated,
             efficiency=efficiency,
             attention="cuDNN, fused" if fused else "XLA, not fused",
+            fp8=fp8.count(self.traced, module) if self.chip.platform == "cuda" else None,
             notices=tuple(notices),
             trace_seconds=self.seconds,
             compile_seconds=seconds,
@@ -292,6 +296,7 @@ def lower(experiment: Experiment, chip: Chip, *, num_devices: int | None = None)
         target.node_numbers(list(mesh.devices.flat), experiment.mesh, chip),
         abstract,
         spec,
+        traced,
         lowered,
         flops,
         executed,

@@ -57,8 +57,9 @@ def as_json(plan: Plan, *, command: str = "", **more: Any) -> str:
     fields = {
         field.name: getattr(plan, field.name)
         for field in dataclasses.fields(plan)
-        if field.name not in ("chip", "memory", "estimate", "efficiency")
+        if field.name not in ("chip", "memory", "estimate", "efficiency", "fp8")
     }
+    fields["fp8"] = None if plan.fp8 is None else dataclasses.asdict(plan.fp8)
     chip = dataclasses.asdict(plan.chip)
     for name in ("target", "topologies"):
         chip.pop(name)
@@ -146,6 +147,7 @@ def _head(plan: Plan) -> str:
             f"{mesh_text(plan)}",
             f"{plan.num_parameters:,} parameters{trained}; {plan.rows:,} rows = {plan.tokens:,} tokens a step{parts}; "
             f"{plan.compute_dtype}; attention: {plan.attention}",
+            *([] if plan.fp8 is None else [plan.fp8.line()]),
             *(f"note: {notice}" for notice in plan.notices),
         ]
     )

@@ -28,12 +28,13 @@ from paxlike.plan.hlo import Collective
 from paxlike.plan.planner import Plan
 from paxlike.plan.timeline import collective_seconds
 from paxlike.train.loop import batch_spec, state_factory
+from paxlike.train.matrices import is_box
 
 if TYPE_CHECKING:
     from paxlike.experiment import Experiment
 
 GIB = 2**30
-SEARCHED_AXES = ("data", "fsdp", "tensor")  # the others stay as the config has them
+SEARCHED_AXES = (parallel.PIPELINE_AXIS, "data", "fsdp", "tensor")  # the others stay as they are
 POLICIES = (
     "SAVE_NOTHING",
     "SAVE_DOT_FOR_MLPERF_200B",
@@ -60,7 +61,16 @@ class Candidate:
             "DCN_MESH_SHAPE": _typed(self.mesh.dcn),
             "NUM_MICROBATCHES": str(self.num_microbatches),
         }
+        if parallel.PIPELINE_AXIS in self.mesh.axes:
+            found["NUM_STAGES"] = str(self.stages)
+            if self.mesh.axes != (parallel.PIPELINE_AXIS, *parallel.AXES):
+                found["MESH_AXES"] = _typed(self.mesh.axes)
         return found if self.policy is None else found | {"CHECKPOINT_POLICY": self.policy}
+
+    @property
+    def stages(self) -> int:
+        """Of the pipeline; 1 where there is none."""
+        return self.mesh.shape.get(parallel.PIPELINE_AXIS, 1)
 
     @property
     def flags(self) -> str:
@@ -96,11 +106,23 @@ class Result:
 
 
 def candidates(
-    mesh: parallel.Mesh, num_devices: int, rows: int, chip: Chip, policies: Sequence[str | None]
+    mesh: parallel.Mesh,
+    num_devices: int,
+    rows: int,
+    chip: Chip,
+    policies: Sequence[str | None],
+    repeats: int = 1,
 ) -> Iterator[Candidate | str]:
-    """Every mesh x microbatches x policy for so many devices, and one line for each mesh that cannot be."""
-    fixed = [size for axis, size in mesh.shape.items() if axis not in SEARCHED_AXES]
-    free = [axis for axis in mesh.axes if axis in SEARCHED_AXES]
+    """Every mesh x microbatches x policy for so many devices, and one line for each mesh that cannot be.
+
+    `repeats`: of the blocks of the model, over which pipeline stages are tried where they divide.
+    """
+    given = mesh.shape
+    if parallel.PIPELINE_AXIS not in given and repeats > 1:
+        given = {parallel.PIPELINE_AXIS: 1, **given}
+    refused_stages = set()
+    fixed = [size for axis, size in given.items() if axis not in SEARCHED_AXES]
+    free = [axis for axis in given if axis in SEARCHED_AXES]
     left, rest = divmod(num_devices, math.prod(fixed))
     if rest:
         raise ValueError(
@@ -108,7 +130,15 @@ def candidates(
             "they are"
         )
     for sizes in _factorisations(left, len(free)):
-        shape = mesh.shape | dict(zip(free, sizes, strict=True))
+        shape = given | dict(zip(free, sizes, strict=True))
+        stages = shape.get(parallel.PIPELINE_AXIS, 1)
+        if repeats % stages:
+            if stages not in refused_stages:  # once for all meshes with so many
+                yield f"{repeats} repeats of the blocks do not divide over {stages} pipeline stages"
+            refused_stages.add(stages)
+            continue
+        if parallel.PIPELINE_AXIS not in mesh.axes and stages == 1:
+            shape.pop(parallel.PIPELINE_AXIS, None)
         try:
             found = lay_out(shape, chip)
         except ValueError as error:
@@ -116,14 +146,15 @@ def candidates(
             continue
         shards = found.num_batch_shards
         if rows % shards:
-            yield f"the {rows} rows of a step do not divide over data x fsdp"
+            yield f"the {rows} rows of a step do not divide over {' x '.join(found.batch_axes)}"
             continue
         # At least one row of each shard in each microbatch; powers of two are enough to find the place.
         for power in range(rows.bit_length()):
-            if rows // shards % 2**power:
+            parts = stages * 2**power
+            if rows * stages // shards % parts:
                 break
             for policy in policies:
-                yield Candidate(found, 2**power, policy)
+                yield Candidate(found, parts, policy)
 
 
 def lay_out(shape: Mapping[str, int], chip: Chip) -> parallel.Mesh:
@@ -167,7 +198,8 @@ def search(
     rows = _rows(experiment, num_devices)
     refused: dict[str, list[Any]] = defaultdict(list)
     found: list[Candidate] = []
-    for item in candidates(experiment.mesh, num_devices, rows, chip, policies):
+    repeats = _repeats(experiment)
+    for item in candidates(experiment.mesh, num_devices, rows, chip, policies, repeats):
         if isinstance(item, str):
             refused[item].append(None)
         else:
@@ -219,11 +251,29 @@ def activations(experiment: Experiment, chip: Chip) -> Activations:
     return Activations(*(two - one for one, two in zip(*found, strict=True)))
 
 
+def _repeats(experiment: Experiment) -> int:
+    """How often the blocks of the model come, over all its stacks; 1 where it has none."""
+    spec = experiment.train_data.spec(1)
+    mesh = _one_device(experiment)
+    with parallel.activate(mesh, experiment.training_rules):
+        boxed = state_factory(experiment, spec, mesh).boxed().params
+    stacks = [
+        box.value.shape[0]
+        for box in jax.tree.leaves(boxed, is_leaf=is_box)
+        if is_box(box) and box.names[:1] == ("layers",)
+    ]
+    return math.gcd(*stacks) or 1
+
+
+def _one_device(experiment: Experiment) -> jax.sharding.Mesh:
+    one = parallel.Mesh(ici=(1,) * len(experiment.mesh.axes), axes=experiment.mesh.axes)
+    return one.build(jax.devices()[:1])
+
+
 def _traced(experiment: Experiment, rows: int) -> tuple[float, float]:
     """Bytes of what is kept, and FLOPs of both passes, for so many rows on one device."""
     spec = experiment.train_data.spec(rows)
-    one = parallel.Mesh(ici=(1,) * len(experiment.mesh.axes), axes=experiment.mesh.axes)
-    mesh = one.build(jax.devices()[:1])
+    mesh = _one_device(experiment)
     with parallel.activate(mesh, experiment.training_rules):
         state = state_factory(experiment, spec, mesh).abstract()
         rest = dict(state.collections)
@@ -277,7 +327,9 @@ def _score(
             continue
         links = _Links(mesh, chip, abstract.params, experiment.compute_dtype)
         for candidate in group:
-            per_shard = kept[candidate.policy].bytes * rows / candidate.num_microbatches
+            # Accumulated microbatches follow one another; a pipeline keeps all of its own till the backward pass.
+            at_once = 1 if candidate.stages > 1 else candidate.num_microbatches
+            per_shard = kept[candidate.policy].bytes * rows / at_once
             least = fixed + per_shard / mesh.num_devices
             if least > usable:
                 reason = (
@@ -306,10 +358,15 @@ class _Links:
     def seconds(
         self, candidate: Candidate, kept: Mapping[str | None, Activations], rows: int
     ) -> float:
-        shape, parts = self.mesh.shape, candidate.num_microbatches
+        shape, parts, stages = self.mesh.shape, candidate.num_microbatches, candidate.stages
         rate = self.chip.peak_flops(self.dtype) * ASSUMED.matmul * self.mesh.num_devices
         products = kept[candidate.policy].flops * rows / rate
-        share = self.weight_bytes / shape.get("tensor", 1)
+        share = self.weight_bytes / shape.get("tensor", 1) / stages
+        if (
+            stages > 1
+        ):  # stages that wait; weights are gathered and reduced once for all microbatches
+            products /= 1 - parallel.bubble(stages, parts)
+            parts = 1
         gathered = parts * 2 * self._time("all-gather", "fsdp", share)
         reduced = parts * self._time("reduce-scatter", "fsdp", share)
         reduced += parts * self._time("all-reduce", "data", share / shape.get("fsdp", 1))
@@ -379,5 +436,5 @@ def _kind(message: str) -> str:
     return message.split(";")[0]
 
 
-def _typed(sizes: Sequence[int]) -> str:
-    return f"[{','.join(map(str, sizes))}]"
+def _typed(values: Sequence[object]) -> str:
+    return f"[{','.join(map(str, values))}]"

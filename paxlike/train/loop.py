@@ -7,9 +7,11 @@ the evaluation of step n, so that a run which goes on does not evaluate it again
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
+import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +25,9 @@ from paxlike.checkpoint import (
     clear_finished,
     mark_finished,
 )
-from paxlike.evaluate import Evaluator, make_evaluators
+from paxlike.cluster import Deadline, Job, Watchdog
+from paxlike.evaluate import Evaluator, Interrupted, make_evaluators
+from paxlike.log import goodput
 from paxlike.log.flops import train_flops
 from paxlike.log.metric import Metric
 from paxlike.log.profiler import Profiler
@@ -38,9 +42,20 @@ from paxlike.train.step import TrainStep
 if TYPE_CHECKING:
     from paxlike.experiment import Experiment
 
+_OWES = "owes_evaluation"  # in a checkpoint whose step was to be evaluated when the run had to stop
+_SHORT_RUN_SECONDS = 60.0
 
-def train(experiment: Experiment, job_log_dir: str, *, config: str, config_text: str) -> int:
+
+def train(
+    experiment: Experiment,
+    job_log_dir: str,
+    *,
+    config: str,
+    config_text: str,
+    job: Job | None = None,
+) -> int:
     """Trains to `num_steps`; 0 when complete, `EXIT_PREEMPTED` when asked to stop (a checkpoint is saved first)."""
+    job = job or Job()
     evaluated = experiment.eval_data.values() if experiment.evaluation.every_n_steps else ()
     experiment.check_data([experiment.train_data, *evaluated])
     directory = Path(job_log_dir)
@@ -48,7 +63,16 @@ def train(experiment: Experiment, job_log_dir: str, *, config: str, config_text:
         log = stack.enter_context(experiment.open_log(directory, num_steps=experiment.num_steps))
         mesh = experiment.mesh.build()
         stack.enter_context(parallel.activate(mesh, experiment.training_rules))
-        return _Run(experiment, directory, mesh, log, config, config_text).run(stack)
+        run = _Run(experiment, directory, mesh, log, config, config_text, job)
+        stack.enter_context(run.watchdog)
+        try:
+            code = run.run(stack)
+        except BaseException as error:
+            if job.peers is not None:  # now: what is closed below may wait for the others
+                job.peers.report(error)
+            raise
+    run.report()
+    return code
 
 
 class _Run:
@@ -62,7 +86,14 @@ class _Run:
         log: RunLog,
         config: str,
         config_text: str,
+        job: Job,
     ):
+        self.ledger = goodput.Ledger(job.began)
+        self.deadline = Deadline.of(experiment.cluster, job, self.ledger.began)
+        self.watchdog = Watchdog(experiment.cluster.hang, directory, job.peers)
+        self.stop = TerminationSignal()
+        self.from_step: int | None = None  # set when this start has work to do
+        self.owes_evaluation = False  # of the step that it begins with
         self.experiment, self.directory, self.mesh, self.log = experiment, directory, mesh, log
         self.config, self.config_text = config, config_text
         self.global_batch = experiment.global_batch_size
@@ -70,12 +101,13 @@ class _Run:
         self.factory = state_factory(experiment, spec, mesh)
         self.abstract = self.factory.abstract()
         self.tokens_per_step = math.prod(spec["tokens"].shape)
+        self.kernels = ""  # of attention, as they were last said
         self.first_row = 0  # number of the row that the first step of this start begins with
 
     def run(self, stack: contextlib.ExitStack) -> int:
         experiment, log = self.experiment, self.log
         checkpointer = stack.enter_context(Checkpointer(self.directory, experiment.checkpoints))
-        stop = stack.enter_context(TerminationSignal())
+        stop = stack.enter_context(self.stop)
         state, start = self._restore_or_initialize(checkpointer)
         best = Best(self.directory, experiment.best, step=start)
         recorder = Recorder(
@@ -92,13 +124,15 @@ class _Run:
             checkpointer.protected = frozenset(recorder.checkpoints | ({best.step} - {None}))
 
         protect()
-        if start >= experiment.num_steps or best.exhausted:
+        if (start >= experiment.num_steps or best.exhausted) and not self.owes_evaluation:
             mark_finished(self.directory, start)
             log.progress.write(
                 f"training is complete: step {start:,} of {experiment.num_steps:,}; nothing to do"
             )
             return 0
         clear_finished(self.directory)
+        self.from_step = start
+        self._record(start)
         for name, data in (
             experiment.eval_data.items() if experiment.evaluation.every_n_steps else ()
         ):
@@ -113,7 +147,7 @@ class _Run:
         )
         stack.callback(batches.close)
         rows = batches.size  # of a step; it changes while a ramp lasts
-        with log.busy("compiling the training step"):
+        with log.busy("compiling the training step"), self.ledger.on("compilation"):
             step_function = self._compile(rows)
             flops = self._flops(rows)
         evaluators = self._evaluators()
@@ -127,6 +161,7 @@ class _Run:
         stack.callback(profiler.close)
         waiting: deque[tuple[int, Mapping[str, Any], dict[str, Any], Origin]] = deque()
         skipped = int(state.skipped_steps)
+        done, better, enough = start, False, False
 
         def settle(limit: int) -> None:
             """Logs finished steps until at most `limit` are in flight."""
@@ -135,6 +170,8 @@ class _Run:
                 done, metrics, its, origin = waiting.popleft()
                 metrics = jax.device_get(metrics)  # waits for this step, while later ones run
                 log.train(done, metrics, **its)
+                if done % options.summary_interval_steps == 0:
+                    self._record(done)
                 if recorder.look(done, metrics, origin, checkpointer.newest_before(done)):
                     protect()
                 if int(metrics["skipped_steps"]) > skipped:
@@ -146,11 +183,33 @@ class _Run:
                         skipped=skipped,
                     )
 
-        for done in range(start + 1, experiment.num_steps + 1):
+        def evaluate(done: int) -> bool:
+            """The evaluation of this step; False where it was given up because the run is to stop."""
+            nonlocal better, enough
+            if self._is_stopping(before="evaluation", ask=True):
+                return False
+            settle(0)
+            with self._phase("evaluation"):
+                results = self._evaluate(evaluators, state, done)
+            if results is None:
+                return False
+            self._record(done)
+            if experiment.best.metric is not None:
+                better = best.add(done, results)
+                protect()
+                enough = best.exhausted and done < experiment.num_steps
+                best.write()
+            return True
+
+        if stop.agreed(ask=True) or (self.owes_evaluation and not evaluate(start)):
+            self._say_stopped(start)
+            return EXIT_PREEMPTED
+        self.ledger.switch("step")
+        for done in range(start + 1, experiment.num_steps + 1) if not enough else ():
             if batches.size != rows:
                 settle(0)
                 rows = batches.size
-                with log.pause("compilation"):
+                with self._phase("compilation"):
                     step_function, flops = self._compile(rows), self._flops(rows)
                 log.progress.write(f"from step {done:,} on a batch has {rows:,} rows")
                 log.event("batch_size", step=done, rows=rows)
@@ -164,24 +223,22 @@ class _Run:
                 "tokens": math.prod(batch["tokens"].shape),
                 "flops": flops,
             }
+            self.ledger.move(about["data_wait_seconds"], "step", "data")
             waiting.append((done, metrics, about, Origin(first_row, batch)))
             settle(_max_in_flight())
+            self.watchdog.step(done)
             last, better, enough = done == experiment.num_steps, False, False
-            if experiment.evaluation.due(done, experiment.num_steps):
-                settle(0)
-                with log.pause("evaluation"):
-                    results = self._evaluate(evaluators, state, done)
-                if experiment.best.metric is not None:
-                    better = best.add(done, results)
-                    protect()
-                    enough = best.exhausted and not last
-                    best.write()
-            stopping = stop.agreed(done)
+            due = experiment.evaluation.due(done, experiment.num_steps)
+            owes = due and not evaluate(done)
+            stopping = self._is_stopping()
             if stopping or last or better or enough or checkpointer.due(done):
                 settle(0)
                 wait = stopping or last or better or enough
-                with log.pause("checkpoint"):
-                    self._save(checkpointer, state, done, batches, wait=wait)
+                with self._phase("checkpoint"):
+                    self._save(checkpointer, state, done, batches, wait=wait, owes=owes)
+                self._record(done)
+            if checkpointer.last_save_seconds:
+                self.deadline.took("checkpoint", checkpointer.last_save_seconds)
             if enough:
                 log.progress.write(
                     f"stopped early at step {done:,}: {experiment.best.metric} was best at step {best.step:,} "
@@ -189,10 +246,9 @@ class _Run:
                 )
                 log.event("stopped_early", step=done, best_step=best.step, best=best.value)
                 break
-            if stopping and not last:
+            if stopping and (owes or not last):
                 settle(0)
-                log.progress.write(f"stopped at step {done:,}; the same command goes on from there")
-                log.event("stopped", step=done, signal=stop.received)
+                self._say_stopped(done)
                 return EXIT_PREEMPTED
         mark_finished(self.directory, done)
         folder = self.directory / "checkpoints"
@@ -205,6 +261,43 @@ class _Run:
                 f"{folder / f'checkpoint_{best.step:08d}'}"
             )
         return 0
+
+    def report(self) -> None:
+        """Where the time went: a few lines for who watches, `goodput.json`, and a picture of what took long."""
+        if self.from_step is None or jax.process_index() != 0:
+            return
+        try:
+            # A picture costs a second or two: not for the shortest runs.
+            long = sum(self.ledger.seconds().values()) > _SHORT_RUN_SECONDS
+            self.log.progress.write(goodput.write_report(self.directory, picture=long).table())
+        except (OSError, ValueError) as error:
+            self.log.progress.write(f"warning: no report on the time: {error}")
+
+    def _record(self, step: int | None) -> None:
+        """The time of this start until now, into `metrics.jsonl`."""
+        self.log.event(goodput.EVENT, **self.ledger.record(step, self.from_step))
+
+    @contextlib.contextmanager
+    def _phase(self, kind: str) -> Iterator[None]:
+        """Within the loop, a block that is no step."""
+        began = time.monotonic()
+        with self.log.pause(kind), self.ledger.on(kind), self.watchdog.busy(kind):
+            yield
+        if kind == "evaluation":
+            self.deadline.took(kind, time.monotonic() - began)
+
+    def _is_stopping(self, *, before: str | None = None, ask: bool = False) -> bool:
+        """Whether all processes stop now: at a signal, or while there is time for what is `before`, and a save."""
+        if self.deadline.ends is not None:
+            ahead = self.stop.steps_between * (self.watchdog.usual_step_seconds() or 0.0)
+            if self.deadline.is_near(step_seconds=ahead, before=before):
+                self.stop.request("time limit")
+        return self.stop.agreed(ask=ask)
+
+    def _say_stopped(self, done: int) -> None:
+        self.log.progress.write(f"stopped at step {done:,}; the same command goes on from there")
+        self.log.event("stopped", step=done, signal=self.stop.received)
+        self._record(done)
 
     def _restore_or_initialize(self, checkpointer: Checkpointer) -> tuple[TrainState, int]:
         experiment, log = self.experiment, self.log
@@ -226,11 +319,15 @@ class _Run:
             f"{self.global_batch:,} rows = {self.tokens_per_step:,} tokens a step"
             + (", deterministic" if experiment.deterministic else "")
         )
-        there = checkpointer.latest_step() is not None
-        with log.busy("reading the newest checkpoint") if there else contextlib.nullcontext():
+        there = checkpointer.latest_step()
+        if (there or 0) < experiment.num_steps:
+            self._record(None)
+        reading = contextlib.nullcontext() if there is None else self._restoring()
+        with reading:
             restored = checkpointer.restore(saved_part(experiment, self.abstract))
         if restored is not None:
             self.first_row = data_position(experiment, self.directory, restored.data)
+            self.owes_evaluation = bool(restored.data.get(_OWES))
             self._write_config()
             log.resumed(restored.step)
             log.progress.write(f"going on from the checkpoint of step {restored.step:,}")
@@ -254,6 +351,11 @@ class _Run:
             state = state.replace(params=params, ema=ema)
         return state, 0
 
+    @contextlib.contextmanager
+    def _restoring(self) -> Iterator[None]:
+        with self.log.busy("reading the newest checkpoint"), self.ledger.on("restore"):
+            yield
+
     def _write_config(self) -> None:
         """The resolved config, to read and to reload; only once this start is known to fit what is there."""
         if jax.process_index() == 0:
@@ -265,8 +367,33 @@ class _Run:
         return batch_spec(self.experiment.train_data.spec(rows), self.mesh)
 
     def _compile(self, rows: int):
-        jitted = jit_step(self.experiment, self.factory)
-        return jitted.lower(self.abstract, self._spec(rows)).compile()
+        def trace():
+            jitted = jit_step(self.experiment, self.factory)
+            return jitted.trace(self.abstract, self._spec(rows))
+
+        traced = self._settled(trace)
+        compiled = traced.lower().compile()
+        if (products := self.experiment.fp8_products(traced, compiled)) is not None:
+            say = self.log.warning if products.missing else self.log.progress.write
+            say(products.line())
+            self.log.event("fp8_products", **dataclasses.asdict(products))
+        return compiled
+
+    def _settled(self, trace):
+        """The traced step with kernels of attention that were checked; says which they are."""
+        if self.experiment.kernels is None:
+            return trace()
+        settled = self.experiment.kernels.settle(trace)
+        for line in settled.checks:
+            self.log.progress.write(f"checked: {line}")
+        for line in settled.refusals:
+            self.log.warning(line)
+        if settled.line and settled.line != self.kernels:
+            self.kernels = settled.line
+            self.log.event("attention", kernels=settled.line)
+            if settled.is_news:
+                self.log.progress.write(f"attention: {settled.line}")
+        return settled.traced
 
     def _flops(self, rows: int) -> int:
         return model_flops(self.experiment, self.abstract, self._spec(rows))
@@ -280,20 +407,40 @@ class _Run:
 
     def _evaluate(
         self, evaluators: list[Evaluator], state: TrainState, done: int
-    ) -> dict[str, dict[str, Metric]]:
+    ) -> dict[str, dict[str, Metric]] | None:
+        """The metrics of every held-out set; None, and nothing logged, where the run is to stop."""
+
+        def stopping() -> bool:
+            self.watchdog.alive()
+            return self._is_stopping()
+
         results = {}
-        for evaluator in evaluators:
-            results[evaluator.name] = evaluator.run(state.variables(use_ema=True))
-            self.log.evaluate(evaluator.name, done, results[evaluator.name])
+        try:
+            for evaluator in evaluators:
+                variables = state.variables(use_ema=True)
+                results[evaluator.name] = evaluator.run(variables, stopping=stopping)
+        except Interrupted:
+            return None
+        for name, metrics in results.items():
+            self.log.evaluate(name, done, metrics)
         return results
 
     def _save(
-        self, checkpointer: Checkpointer, state: TrainState, done: int, batches, *, wait: bool
+        self,
+        checkpointer: Checkpointer,
+        state: TrainState,
+        done: int,
+        batches,
+        *,
+        wait: bool,
+        owes: bool = False,
     ) -> None:
-        data = {
+        data: dict[str, Any] = {
             "rows": batches.rows,
             "fingerprint": self.experiment.train_data.fingerprint(),
         }
+        if owes:
+            data[_OWES] = True
         saved = checkpointer.save(
             done,
             saved_part(self.experiment, state),

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
+from paxlike.ops import fp8
 from paxlike.train.optimizer import Optimizer, merge
 from paxlike.train.state import StateFactory, TrainState
 
-OVERWRITE = (
-    "_overwrite_with_gradient"  # the collection whose "gradients" are its new values (FP8 scales)
-)
+OVERWRITE = "_overwrite_with_gradient"  # the collection whose "gradients" are its new values (Flax)
+# Neither the optimizer nor clipping nor an average sees what is differentiated with respect to these.
+_OBSERVED = (OVERWRITE, fp8.STATE)
 LOSS_EPSILON = 1e-6  # Pax adds this to the weight that the loss is divided by
 
 
@@ -103,47 +104,45 @@ class TrainStep:
         """Gradients of the mean loss for the part of the `whole` in `state`, new collections, metrics and updates."""
         weight = self.task.weight(batch) + LOSS_EPSILON
         key = jax.random.fold_in(jax.random.key(self.seed), state.step)
-        overwritten = {k: v for k, v in state.collections.items() if k == OVERWRITE}
-        others = {k: v for k, v in state.collections.items() if k != OVERWRITE}
+        observed = {k: v for k, v in state.collections.items() if k in _OBSERVED}
+        others = {k: v for k, v in state.collections.items() if k not in _OBSERVED}
 
-        def objective(params, overwritten, others, part, key):
-            variables = {"params": merge(params, whole), **overwritten, **others}
+        def objective(params, observed, others, part, key):
+            variables = {"params": merge(params, whole), **observed, **others}
             loss = self.task.loss(self.model, variables, part, {"dropout": key})
             return loss.objective / weight, loss
 
         differentiate = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)
 
-        def microbatch(part, key, overwritten, others):
-            (_, loss), (gradients, new) = differentiate(
-                state.params, overwritten, others, part, key
-            )
+        def microbatch(part, key, others):
+            (_, loss), (gradients, seen) = differentiate(state.params, observed, others, part, key)
             if self.shardings is not None:
                 gradients = self._held(gradients, self.shardings)
-            kept = {k: v for k, v in loss.collections.items() if k != OVERWRITE}
-            return gradients, new, {**others, **kept}, loss.metrics, loss.updates
+            kept = {k: v for k, v in loss.collections.items() if k not in _OBSERVED}
+            return gradients, seen, {**others, **kept}, loss.metrics, loss.updates
 
         if self.num_microbatches == 1:
-            gradients, new, others, *rest = microbatch(batch, key, overwritten, others)
-            return gradients, {**new, **others}, *rest
+            gradients, seen, others, *rest = microbatch(batch, key, others)
+            return gradients, {**_overwritten(observed, seen), **others}, *rest
 
         def accumulate(carry, part_and_index):
-            (gradients, overwritten, others), (part, index) = carry, part_and_index
-            more, new, others, *rest = microbatch(
-                part, jax.random.fold_in(key, index), overwritten, others
-            )
+            (gradients, seen, others), (part, index) = carry, part_and_index
+            # Each part starts from the scales of the step before; the largest of what they see counts.
+            more, new, others, *rest = microbatch(part, jax.random.fold_in(key, index), others)
             gradients = jax.tree.map(lambda a, g: a + g.astype(a.dtype), gradients, more)
-            return (gradients, new, others), rest
+            return (gradients, jax.tree.map(jnp.maximum, seen, new), others), rest
 
+        nothing = jax.tree.map(lambda a: jnp.full_like(a, -jnp.inf), observed)
         dtype = jnp.dtype(self.accumulation_dtype)
         zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype), state.params)
         parts = _split(batch, self.num_microbatches)
         carry, (metrics, moves) = jax.lax.scan(
-            accumulate, (zeros, overwritten, others), (parts, jnp.arange(self.num_microbatches))
+            accumulate, (zeros, nothing, others), (parts, jnp.arange(self.num_microbatches))
         )
-        gradients, overwritten, others = carry
+        gradients, seen, others = carry
         return (
             jax.tree.map(lambda g: g.astype(jnp.float32), gradients),
-            {**overwritten, **others},
+            {**_overwritten(observed, seen), **others},
             self._of_all_parts(metrics),
             jax.tree.map(lambda u: jnp.mean(u, axis=0), moves),
         )
@@ -176,6 +175,14 @@ def _moved(params, moves):
         if moves
         else params
     )
+
+
+def _overwritten(observed: dict[str, Any], seen: dict[str, Any]) -> dict[str, Any]:
+    """The new collections, of the old ones and of what was differentiated with respect to them."""
+    return {
+        name: jax.tree.map(fp8.advance, observed[name], new) if name == fp8.STATE else new
+        for name, new in seen.items()
+    }
 
 
 def _split(batch, parts: int):

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from paxlike import compat
-from paxlike.checkpoint import arrays, processes
+from paxlike.checkpoint import arrays
+from paxlike.cluster import processes
 from paxlike.weights.foreign import ForeignFolder
 from paxlike.weights.hugging_face import check_config, open_hugging_face
 from paxlike.weights.maps import Description, Piece, plan

@@ -101,12 +101,12 @@ def checkpoint(shape: str, saves: int, steps: int) -> dict[str, float]:
     }
 
 
-def decode(shape: str, rows: int, prompt: int, tokens: int) -> dict[str, float]:
+def decode(shape: str, rows: int, prompt: int, tokens: int, family: str) -> dict[str, float]:
     """The second of two runs: the first one compiles."""
     from paxlike.decode import Generator, SamplingOptions
 
     size = SHAPES[shape]
-    model = paxlike_step.model(size, scan=True)
+    model = paxlike_step.llama(size) if family == "llama" else paxlike_step.model(size, scan=True)
     mesh = parallel.Mesh().build(jax.devices()[:1])
     with parallel.activate(mesh):
         variables = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 8), np.int32))

@@ -97,21 +97,22 @@ def checkpoint(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def decode(options: argparse.Namespace) -> dict[str, Any]:
-    """Greedy tokens per second, all rows together, beside Hugging Face's `generate` on a GPT-2 of the same size."""
+    """Greedy tokens per second, all rows together, beside Hugging Face's `generate` on models of the same size."""
     shape = "smoke" if options.smoke else "tiny"
-    arguments = {"shape": shape, "rows": 8, "prompt": 8, "tokens": 16 if options.smoke else 128}
-    result: dict[str, Any] = {"paxlike": [], "hugging face": []}
+    size = {"shape": shape, "rows": 8, "prompt": 8, "tokens": 16 if options.smoke else 128}
+    families = {"gpt": "GPT-2", "llama": "LLaMA"}
+    result: dict[str, Any] = {}
     for _ in range(1 if options.smoke else 3):
-        result["paxlike"].append(_job("decode", arguments))
-        if options.torch_python:
-            script = str(ROOT / "scripts" / "benchmarks" / "hf_generate.py")
-            result["hugging face"].append(
-                _run([options.torch_python, script, json.dumps(arguments)])
-            )
+        for family, title in families.items():
+            arguments = {**size, "family": family}
+            result.setdefault(f"paxlike, {title}", []).append(_job("decode", arguments))
+            if options.torch_python:
+                script = str(ROOT / "scripts" / "benchmarks" / "hf_generate.py")
+                found = _run([options.torch_python, script, json.dumps(arguments)])
+                result.setdefault(f"hugging face, {title}", []).append(found)
     for name, runs in result.items():
-        if runs:
-            best = max(runs, key=lambda run: run["tokens_per_second"])
-            _print(f"{name}, best of {len(runs)}", best)
+        best = max(runs, key=lambda run: run["tokens_per_second"])
+        _print(f"{name}, best of {len(runs)}", best)
     return result
 
 

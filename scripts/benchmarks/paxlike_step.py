@@ -11,9 +11,10 @@ from paxlike.layers.attention import Attention
 from paxlike.layers.block import Block
 from paxlike.layers.embedding import Embedding, LearnedPosition
 from paxlike.layers.feedforward import FeedForward
-from paxlike.layers.norm import LayerNorm
+from paxlike.layers.norm import LayerNorm, RMSNorm
 from paxlike.layers.stack import Stack
 from paxlike.models.decoder import Decoder
+from paxlike.ops.rope import Rope
 from paxlike.tasks.language import CausalLanguage
 from paxlike.train.optimizer import Optimizer, Schedule
 from paxlike.train.state import StateFactory
@@ -42,6 +43,30 @@ def model(
         position=LearnedPosition(shape.length, dtype=dtype),
         stack=Stack((block,), shape.layers, "SAVE_NOTHING" if remat else "SAVE_EVERYTHING", scan),
         norm=LayerNorm(dtype=dtype),
+    )
+
+
+def llama(shape: shapes.Shape) -> Decoder:
+    """A LLaMA of `shape`: rotary positions, a key for two queries, gates, no biases, tables of their own."""
+    block = Block(
+        mixer=Attention(
+            num_heads=shape.heads,
+            head_dim=shape.width // shape.heads,
+            num_kv_heads=shape.heads // 2,
+            combine_qkv=False,
+            rope=Rope(),
+            use_bias=False,
+        ),
+        ffn=FeedForward(hidden=shape.hidden, activation="silu", gated=True, use_bias=False),
+        mixer_norm=RMSNorm(),
+        ffn_norm=RMSNorm(),
+    )
+    table = Embedding(shape.vocab, shape.width)
+    return Decoder(
+        embedding=table,
+        stack=Stack((block,), shape.layers, "SAVE_EVERYTHING", True),
+        norm=RMSNorm(),
+        head=table.clone(),
     )
 
 

@@ -54,7 +54,7 @@ def gpu(options: argparse.Namespace) -> dict[str, Any]:
     shape, result = SHAPES["126m"], {}
     workers = [
         _jax("paxlike", "126m", label=name, platform="cuda", dtype="bfloat16", implementation=name)
-        for name in ("cudnn", "xla")
+        for name in ("cudnn", "reference")
     ]
     sides = take_turns(workers, options.rounds, 20, shape.tokens)
     for name, side in sides["sides"].items():

@@ -34,9 +34,9 @@ set_distributed() {
     [[ -n ${SLURM_NTASKS:-} && -n ${SLURM_PROCID:-} ]] ||
         die "SLURM_NTASKS and SLURM_PROCID are not set: start it by srun" \
             "(run_multiprocess_local.sh starts processes without Slurm)"
-    distributed=(--multiprocess_gpu)
-    if [[ -n ${SLURM_LAUNCH_NODE_IPADDR:-} ]]; then # else JAX finds the address in the Slurm step
-        distributed+=(--server_addr="$SLURM_LAUNCH_NODE_IPADDR:${SERVER_PORT:-12345}")
+    distributed=(--multiprocess_gpu) # the address of process 0 is found in the Slurm step
+    if [[ -n ${SLURM_LAUNCH_NODE_IPADDR:-} && -n ${SERVER_PORT:-} ]]; then
+        distributed+=(--server_addr="$SLURM_LAUNCH_NODE_IPADDR:$SERVER_PORT")
         distributed+=(--num_hosts="$SLURM_NTASKS" --host_idx="$SLURM_PROCID")
     fi
 }
@@ -47,8 +47,8 @@ log_of_process() { # FOLDER NAME
     if [[ $idx == 0 ]]; then echo "$1/$2.log"; else echo "$1/$2-$idx.log"; fi
 }
 
-# Run main.py, its output also in LOG, and return its own status. SIGTERM and Ctrl-C reach it as
-# SIGTERM, on which it saves a checkpoint; tee outlives it, so that its last lines are not lost.
+# Run main.py, its output also in LOG, and return its own status. SIGTERM, SIGUSR1 and Ctrl-C reach it
+# as SIGTERM, on which it saves a checkpoint; tee outlives it, so that its last lines are not lost.
 launch() { # LOG [main.py arguments]
     local log=$1 child tee_pid interrupted status
     shift
@@ -59,18 +59,18 @@ launch() { # LOG [main.py arguments]
         return
     fi
     (mkdir -p "$(dirname "$log")" && touch "$log") 2> /dev/null || die "cannot write $log"
-    exec 3> >(trap '' TERM INT; exec tee -a "$log")
+    exec 3> >(trap '' TERM INT USR1; exec tee -a "$log")
     tee_pid=$!
     "$PYTHON" "$root/main.py" "$@" >&3 2>&1 3>&- &
     child=$!
     exec 3>&-
-    trap 'interrupted=1; kill -TERM "$child" 2> /dev/null' TERM INT
+    trap 'interrupted=1; kill -TERM "$child" 2> /dev/null' TERM INT USR1
     while true; do # a signal ends `wait` before the run has ended
         interrupted=
         wait "$child" && status=0 || status=$?
         [[ -n $interrupted ]] || break
     done
-    trap - TERM INT
+    trap - TERM INT USR1
     wait "$tee_pid" 2> /dev/null || true
     return "$status"
 }

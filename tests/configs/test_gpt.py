@@ -198,3 +198,24 @@ def test_fp8_trains_and_its_scales_survive(tmp_path):
 def test_bad_knobs_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         shrink("Pile126M", **changes).experiment()
+
+
+@pytest.mark.parametrize(
+    ("switch", "kernel", "expected"),
+    [
+        (None, "chunked", "chunked"),
+        (True, "auto", "cudnn"),
+        (False, "auto", "reference"),
+        (False, "chunked", "chunked"),
+    ],
+)
+def test_attention_kernel(switch, kernel, expected):
+    knobs = {"USE_CUDNN_FLASH_ATTENTION": switch, "ATTENTION_KERNEL": kernel}
+    assert gpt.Quickstart(**knobs).attention_backend() == expected
+
+
+def test_attention_kernels_that_contradict_each_other():
+    for switch, kernel in ((True, "chunked"), (False, "cudnn")):
+        knobs = gpt.Quickstart(USE_CUDNN_FLASH_ATTENTION=switch, ATTENTION_KERNEL=kernel)
+        with pytest.raises(ValueError, match=f"{switch} and ATTENTION_KERNEL={kernel} contradict"):
+            knobs.experiment()

@@ -91,7 +91,6 @@ def test_the_others_differ_in_data_alone(name):
         ),
         ("Mixtral8x7B", {"EXPERT_GROUPS": 3}, "NUM_EXPERTS=8 is not a multiple of EXPERT_GROUPS=3"),
         ("Mixtral8x7B", {"MOE_DISPATCH": "einsum"}, "no effect without EXPERT_CAPACITY_FACTOR"),
-        ("Mixtral8x7B", {"USE_FP8": True}, "set EXPERT_CAPACITY_FACTOR and MOE_DISPATCH='index'"),
         ("Mixtral8x7B", {"ROUTER": "experts"}, "need an EXPERT_CAPACITY_FACTOR"),
     ],
 )

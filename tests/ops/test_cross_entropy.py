@@ -1,12 +1,10 @@
 """The chunked loss against the textbook one: values, gradients, memory, meshes, and what it sends between devices."""
 
-import math
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from collectives import collectives
 from jax.test_util import check_grads
 
 from paxlike import parallel
@@ -184,16 +182,19 @@ def test_the_gradient_of_the_table_is_reduced_after_the_loop(name):
     mesh = parallel.Mesh(ici=MESHES[name]).build(jax.devices()[:4])
     with parallel.activate(mesh):
         example = _placed(_example(b, s, d, v), mesh)
-        text = _step(chunk).lower(*example).compile().as_text()
-    inside, outside = _collectives(text)
+        program = _step(chunk).lower(*example).compile()
+    assert "body=" in program.as_text(), "the loop over chunks is gone"
+    found = collectives(program)
+    inside = [one.size for kind in found for one in found[kind] if one.in_loop]
+    outside = [one for kind in found for one in found[kind] if not one.in_loop]
     largest_activation = b * chunk * d  # dx of a chunk, summed over the shards of the vocabulary
-    assert max((size for _, size in inside), default=0) <= largest_activation < v * d // 4
+    assert max(inside, default=0) <= largest_activation < v * d // 4
     if name != "tensor":
         assert (
             sum(
-                size >= v * d // 4
-                for kind, size in outside
-                if kind in ("all-reduce", "reduce-scatter")
+                one.size >= v * d // 4
+                for one in outside
+                if one.kind in ("all-reduce", "reduce-scatter")
             )
             == 1
         )
@@ -281,25 +282,6 @@ def _nll(logits, targets):
     top = logits.max(-1)
     lse = np.log(np.exp(logits - top[..., None]).sum(-1)) + top
     return lse - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
-
-
-def _collectives(text):
-    """(kind, number of elements) of every collective of a compiled program: those in loops, those outside."""
-    bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
-    assert bodies, "the loop over chunks is gone"
-    inside, outside, current = [], [], ""
-    for line in text.splitlines():
-        if match := re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line):
-            current = match.group(1)
-        match = re.search(
-            r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(",
-            line,
-        )
-        if match:
-            shapes = re.findall(r"\w+\[([\d,]*)\]", match.group(1))
-            size = max(math.prod(int(n) for n in shape.split(",") if n) for shape in shapes)
-            (inside if current in bodies else outside).append((match.group(2), size))
-    return inside, outside
 
 
 @pytest.mark.parametrize("s", [13, 31])

@@ -9,11 +9,11 @@ from paxlike import parallel
 from paxlike.tasks.language import CausalLanguage
 from paxlike.train.state import abstract_variables
 
-TASK = CausalLanguage()
-IN_HASTE = {"xla_backend_optimization_level": 0}  # the programs are tiny, and there are many
+# The programs are tiny, and there are many: half of the time. Collectives and buffers are the same.
+IN_HASTE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
-def loss_and_gradients(net, params, batch, sizes, rules=None):
+def loss_and_gradients(net, params, batch, sizes, rules=None, *, chunk=None):
     """(loss, gradients) on a mesh of axis -> size, everything on the host."""
     mesh = build(sizes)
     with parallel.activate(mesh, rules):
@@ -25,12 +25,12 @@ def loss_and_gradients(net, params, batch, sizes, rules=None):
             lambda leaf: leaf.sharding, abstract_variables(net, mesh)["params"]
         )
         compute = jax.jit(
-            _differentiate(net), out_shardings=(None, shardings), compiler_options=IN_HASTE
+            _differentiate(net, chunk), out_shardings=(None, shardings), compiler_options=IN_HASTE
         )
         return jax.device_get(compute(jax.device_put(params, shardings), here))
 
 
-def compiled(net, batch, sizes, rules=None):
+def compiled(net, batch, sizes, rules=None, *, chunk=None):
     """The program that `loss_and_gradients` runs."""
     mesh = build(sizes)
     with parallel.activate(mesh, rules):
@@ -38,8 +38,8 @@ def compiled(net, batch, sizes, rules=None):
         spec = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=place) for k, v in batch.items()}
         params = abstract_variables(net, mesh)["params"]
         shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
-        compute = jax.jit(_differentiate(net), out_shardings=(None, shardings))
-        return compute.lower(params, spec).compile()
+        compute = jax.jit(_differentiate(net, chunk), out_shardings=(None, shardings))
+        return compute.lower(params, spec).compile(IN_HASTE)
 
 
 def init(net, length=8):
@@ -73,9 +73,11 @@ def build(sizes):
     return mesh.build(jax.devices()[: mesh.num_devices])
 
 
-def _differentiate(net):
+def _differentiate(net, chunk):
+    task = CausalLanguage(chunk=chunk)
+
     def objective(params, batch):
         key = {"dropout": jax.random.key(1)}
-        return TASK.loss(net, {"params": params}, batch, key).objective
+        return task.loss(net, {"params": params}, batch, key).objective
 
     return jax.value_and_grad(objective)

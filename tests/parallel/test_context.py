@@ -1,30 +1,19 @@
 """Rows spread over devices: the same loss and gradients as on one device, what travels, and what is refused."""
 
-import collections
 import math
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from collectives import collectives
 from flax import linen as nn
+from parallel import meshes, nets
 
 from paxlike import parallel
-from paxlike.layers.attention import Attention
-from paxlike.layers.block import Block
-from paxlike.layers.embedding import Embedding
-from paxlike.layers.feedforward import FeedForward
-from paxlike.layers.norm import RMSNorm
-from paxlike.layers.stack import Stack
-from paxlike.models.decoder import Decoder
-from paxlike.ops.rope import Rope
 from paxlike.tasks.language import CausalLanguage
-from paxlike.train.state import abstract_variables
 
-# Compiles in half of the time; the collectives and the buffers are the same.
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 AXES = ("data", "fsdp", "context", "tensor")
 SEQUENCE = parallel.rules_with(residual_length=("context", "tensor"))
 CONTEXT_2, CONTEXT_4, TENSOR_2 = (1, 1, 2, 1), (1, 1, 4, 1), (1, 1, 1, 2)
@@ -32,71 +21,30 @@ WITH_TENSOR, WITH_FSDP, WITH_DATA = (1, 1, 2, 2), (1, 2, 2, 1), (2, 1, 2, 1)
 
 
 def gpt(**options):
-    """Learned positions."""
-    return tiny.model(**{"layers": 2, "width": 32, "remat": "SAVE_EVERYTHING", **options})
+    return nets.gpt(**{"layers": 2, "remat": "SAVE_EVERYTHING", **options})
 
 
-def llama(*, window=None, remat="SAVE_EVERYTHING", scan=True, context="ring", layers=2):
-    """Rotary positions, grouped keys, gated feed-forward, a norm behind each half."""
-    attention = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "combine_qkv": False}
-    block = Block(
-        mixer=Attention(**attention, rope=Rope(), window=window, use_bias=False),
-        ffn=FeedForward(hidden=64, gated=True, activation="silu", use_bias=False),
-        mixer_norm=RMSNorm(),
-        ffn_norm=RMSNorm(),
-        mixer_post_norm=RMSNorm(),
-        ffn_post_norm=RMSNorm(),
-    )
-    return Decoder(
-        embedding=Embedding(tiny.VOCAB, 32),
-        stack=Stack((block,), layers, remat, scan),
-        norm=RMSNorm(),
-        context=context,
-    )
+def llama(*, window=None, layers=2, **options):
+    """A norm behind each half."""
+    return nets.llama(windows=(window,), post_norms=True, repeats=layers, **options)
 
 
-def batch(*, packed=False, rows=2, length=tiny.LENGTH):
-    """Random tokens, some of weight 0; `packed` rows are several documents and padding."""
-    made = tiny.batches(1, rows=rows)[0]
-    made = {name: np.tile(x, (1, length // tiny.LENGTH)) for name, x in made.items()}
-    if packed:
-        segments = np.sort(np.random.default_rng(1).integers(0, 4, made["tokens"].shape), axis=1)
-        segments = np.roll(segments, -np.sum(segments == 0, axis=1)[0], axis=1)
-        starts = np.diff(segments, axis=1, prepend=-1) != 0
-        places = np.arange(tiny.LENGTH)[None]
-        positions = places - np.maximum.accumulate(np.where(starts, places, 0), axis=1)
-        made |= {"segments": segments.astype(np.int32), "positions": positions.astype(np.int32)}
-    return made
+def batch(*, packed=False):
+    return nets.packed(2) if packed else nets.plain(2)
 
 
-def compile_step(net, data, shape=(1, 1, 1, 1), rules=None, *, chunk=None):
-    """The compiled loss and gradients, and what it takes: parameters and batch on the mesh."""
-    task = CausalLanguage(chunk=chunk)
-    start = jax.jit(net.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-    mesh = parallel.Mesh(ici=shape, axes=AXES).build(jax.devices()[: math.prod(shape)])
-    with parallel.activate(mesh, rules):
-        places = jax.tree.map(lambda leaf: leaf.sharding, abstract_variables(net, mesh)["params"])
-        params = jax.device_put(nn.unbox(start)["params"], places)
-        rows = parallel.named_sharding(mesh, ("batch", "length"))
-        data = {name: jax.device_put(x, rows) for name, x in data.items()}
-
-        def loss(params, data):
-            rngs = {"dropout": jax.random.key(1)}
-            return task.loss(net, {"params": params}, data, rngs).objective / task.weight(data)
-
-        function = jax.jit(jax.value_and_grad(loss), out_shardings=(None, places))
-        return function.lower(params, data).compile(FAST), params, data
+def compiled(net, data, shape, rules=None, **options):
+    return meshes.compiled(net, data, dict(zip(AXES, shape, strict=True)), rules, **options)
 
 
-def run(*args, **options):
+def run(net, data, shape=(1, 1, 1, 1), rules=None, **options):
     """Loss, and gradients by name."""
-    compiled, params, data = compile_step(*args, **options)
-    value, gradients = jax.block_until_ready(compiled(params, data))
-    named = {
-        jax.tree_util.keystr(path): np.asarray(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(gradients)
-    }
-    return float(value), named
+    sizes = dict(zip(AXES, shape, strict=True))
+    loss, gradients = meshes.loss_and_gradients(
+        net, meshes.init(net), data, sizes, rules, **options
+    )
+    leaves = jax.tree_util.tree_leaves_with_path(gradients)
+    return float(loss), {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
 
 CASES = {
@@ -161,26 +109,13 @@ def test_loss_and_every_gradient_equal_those_of_one_device(name):
         )
 
 
-def travels(compiled):
-    """kind of collective -> (elements of its largest operand, name of the operation) of each in the program."""
-    found = collections.defaultdict(list)
-    pattern = r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\((.*)"
-    for shapes, kind, rest in re.findall(pattern, compiled.as_text()):
-        sizes = re.findall(r"\w+\[([\d,]*)\]", shapes)
-        size = max(math.prod(int(n) for n in dims.split(",") if n) for dims in sizes)
-        name = re.search(r'op_name="([^"]*)"', rest)
-        found[kind].append((size, name.group(1) if name else ""))
-    return found
-
-
 def test_ring_passes_keys_on_and_gathers_nothing_but_token_ids():
-    compiled, *_ = compile_step(llama(), batch(packed=True), CONTEXT_4)
-    found = travels(compiled)
+    found = collectives(compiled(llama(), batch(packed=True), CONTEXT_4))
     assert set(found) == {"all-gather", "all-reduce", "collective-permute"}
-    assert max(size for size, _ in found["all-gather"]) <= 2 * tiny.LENGTH  # of 2 rows
-    assert not any("period_0" in name for _, name in found["all-gather"])
+    assert max(one.size for one in found["all-gather"]) <= 2 * tiny.LENGTH  # of 2 rows
+    assert not any("period_0" in one.name for one in found["all-gather"])
     keys = 2 * tiny.LENGTH // 4 * 2 * 8  # of this device: rows, tokens, heads, head size
-    passed = [size for size, name in found["collective-permute"] if "shard_map" in name]
+    passed = [one.size for one in found["collective-permute"] if "shard_map" in one.name]
     # Keys and values: to the next device before and in the loop of both passes. Their gradients: likewise, and home.
     assert passed.count(keys) == 4 + 4 + 6
     assert set(passed) == {keys, 2 * tiny.LENGTH // 4}, "and the documents"
@@ -191,26 +126,24 @@ def test_memory_of_a_ring_is_that_of_the_tokens_on_a_device():
     net = llama(layers=1, remat="SAVE_DOT_ONLY")
     temporary = []
     for length, shape in ((512, CONTEXT_2), (1024, CONTEXT_4)):
-        compiled, *_ = compile_step(net, batch(rows=1, length=length), shape, chunk=0)
-        temporary.append(compiled.memory_analysis().temp_size_in_bytes)
+        program = compiled(net, nets.plain(1, length), shape, chunk=0)
+        temporary.append(program.memory_analysis().temp_size_in_bytes)
     assert temporary[1] < 1.06 * temporary[0]  # the loop over turns has two buffers more
 
 
 def test_sequence_parallelism_moves_activations_and_keeps_a_part_of_the_residual_stream():
-    net, data, shape = gpt(layers=8, remat="SAVE_NOTHING"), batch(rows=8), (1, 1, 1, 4)
-    plain, *_ = compile_step(net, data, shape)
-    spread, *_ = compile_step(net, data, shape, SEQUENCE)
+    net, data, shape = gpt(layers=8, remat="SAVE_NOTHING"), nets.plain(8), (1, 1, 1, 4)
+    plain, spread = (compiled(net, data, shape, rules) for rules in (None, SEQUENCE))
     activation = 8 * tiny.LENGTH * 32
-    found = travels(spread)
+    found = collectives(spread)
     inside = {
-        kind: [(size, name) for size, name in found[kind] if "stack" in name and size > 8 * 32]
+        kind: [one for one in found[kind] if "stack" in one.name and one.size > 8 * 32]
         for kind in ("all-gather", "all-reduce")
     }
     # No weight: it would be of another size. A CPU reduces and takes a slice where others reduce and scatter.
-    assert {size for sizes in inside.values() for size, _ in sizes} == {activation}
+    assert {one.size for kind in inside for one in inside[kind]} == {activation}
     forward = {
-        kind: [name for _, name in sizes if "transpose" not in name]
-        for kind, sizes in inside.items()
+        kind: [one for one in inside[kind] if "transpose" not in one.name] for kind in inside
     }
     assert len(forward["all-gather"]) == len(forward["all-reduce"]) == 2
     assert len(inside["all-gather"]) == 2 + 2 + 2  # forward, forward again, backward
@@ -220,8 +153,7 @@ def test_sequence_parallelism_moves_activations_and_keeps_a_part_of_the_residual
 
 
 def test_all_to_all_hands_over_what_attention_reads_and_returns():
-    compiled, *_ = compile_step(llama(context="all_to_all"), batch(), CONTEXT_2)
-    found = travels(compiled)
+    found = collectives(compiled(llama(context="all_to_all"), batch(), CONTEXT_2))
     assert len(found["all-to-all"]) == 2 * 4  # q, k, v and the result, forward and backward
     assert not found["all-gather"] and not found["collective-permute"]
 
@@ -238,7 +170,7 @@ def test_evaluation_and_logits_are_those_of_the_rows_in_order():
         return metrics, net.apply(variables, data["tokens"]).logits()
 
     def both():
-        return jax.jit(evaluate).lower(variables, data).compile(FAST)(variables, data)
+        return jax.jit(evaluate).lower(variables, data).compile(meshes.IN_HASTE)(variables, data)
 
     metrics, logits = both()
     mesh = parallel.Mesh(ici=(2,), axes=("context",)).build(jax.devices()[:2])

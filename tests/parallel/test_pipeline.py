@@ -1,74 +1,39 @@
 """The pipeline: the numbers of one device, the program that was meant, and what does not fit."""
 
 import dataclasses
-import math
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from parallel import meshes
+from collectives import KINDS, collectives
+from parallel import meshes, nets
 
 from paxlike import parallel
-from paxlike.layers.attention import Attention
-from paxlike.layers.block import Block
-from paxlike.layers.embedding import Embedding
-from paxlike.layers.feedforward import FeedForward
 from paxlike.layers.lora import Lora
-from paxlike.layers.norm import RMSNorm
-from paxlike.layers.stack import Pipeline, Stack
-from paxlike.models.decoder import Decoder
-from paxlike.ops.rope import Rope
+from paxlike.layers.stack import Pipeline
 from paxlike.parallel.pipeline import _rounds_of_sends
 
 ROWS = 16
 
 
 def gpt(microbatches=4, repeats=1, **options):
-    """Learned positions, dense attention."""
-    net = tiny.model(**{"width": 32, "layers": 4, **options})
-    return net.clone(stack=net.stack.clone(pipeline=Pipeline(microbatches, repeats)))
+    return nets.gpt(Pipeline(microbatches, repeats), **options)
 
 
 def llama(microbatches=4, repeats=1, *, layers=4, **options):
-    """RoPE, grouped heads, gates, and blocks that alternate between a window and none."""
-
-    def block(window):
-        attention = Attention(
-            num_heads=4,
-            head_dim=8,
-            num_kv_heads=2,
-            combine_qkv=False,
-            rope=Rope(),
-            window=window,
-            use_bias=False,
-        )
-        ffn = FeedForward(hidden=48, activation="silu", gated=True, use_bias=False)
-        return Block(mixer=attention, ffn=ffn, mixer_norm=RMSNorm(), ffn_norm=RMSNorm())
-
-    stack = Stack(
-        (block(8), block(None)), layers, pipeline=Pipeline(microbatches, repeats), **options
-    )
-    table = Embedding(tiny.VOCAB, 32)
-    return Decoder(embedding=table, stack=stack, norm=RMSNorm(), head=table.clone())
+    """Blocks that alternate between a window and none."""
+    options["pipeline"] = Pipeline(microbatches, repeats)
+    return nets.llama(windows=(8, None), tied=False, repeats=layers, **options)
 
 
-def packed(rows=ROWS):
-    """Rows of several documents."""
-    batch = tiny.batches(1, rows=rows)[0]
-    rng = np.random.default_rng(1)
-    starts = rng.random((rows, tiny.LENGTH)) < 0.15
-    starts[:, 0] = True
-    segments = np.cumsum(starts, axis=1).astype(np.int32)
-    first = np.maximum.accumulate(np.where(starts, np.arange(tiny.LENGTH), 0), axis=1)
-    positions = (np.arange(tiny.LENGTH) - first).astype(np.int32)
-    return {**batch, "segments": segments, "positions": positions}
+def packed():
+    return nets.packed(ROWS)
 
 
 def plain(rows=ROWS):
-    return tiny.batches(1, rows=rows)[0]
+    return nets.plain(rows)
 
 
 CASES = {
@@ -135,9 +100,8 @@ def test_sixteen_bit_activations():
 def test_a_stage_has_its_layers_only_and_sends_activations_only():
     net = gpt(4, width=64, remat="SAVE_NOTHING")
     program = meshes.compiled(net, plain(), {"pipeline": 2})
-    text = program.as_text()
-    kinds = ("all-gather", "all-to-all", "reduce-scatter", "collective-permute", "all-reduce")
-    found = {kind: _elements(text, kind) for kind in kinds}
+    sent = collectives(program)
+    found = {kind: sum(sum(one.sizes) for one in sent[kind]) for kind in KINDS}
     activations = ROWS * tiny.LENGTH * 64  # of the whole batch
     # Each pass: all rows come to the stages and go back (a CPU reduces all of them and keeps its part).
     assert found["all-gather"] == 2 * activations
@@ -159,10 +123,9 @@ def test_weights_are_gathered_once_or_in_every_tick(once):
     net = gpt(4, width=64, remat="SAVE_NOTHING")
     pipeline = Pipeline(4, gather_once=once)
     net = net.clone(stack=net.stack.clone(pipeline=pipeline))
-    text = meshes.compiled(net, plain(), {"pipeline": 2, "fsdp": 2}).as_text()
-    lines = re.findall(r"= .* all-gather(?:-start)?\(.*", text)
-    inside = [line for line in lines if "/while/body/" in line]
-    assert len(lines) > len(inside) and bool(inside) != once
+    gathers = collectives(meshes.compiled(net, plain(), {"pipeline": 2, "fsdp": 2}))["all-gather"]
+    inside = [one for one in gathers if "/while/body/" in one.name]
+    assert len(gathers) > len(inside) and bool(inside) != once
     params = meshes.init(net)
     expected = meshes.loss_and_gradients(net, params, plain(), {"data": 1})
     found = meshes.loss_and_gradients(net, params, plain(), {"pipeline": 2, "fsdp": 2})
@@ -253,10 +216,3 @@ def test_bubble():
     assert parallel.bubble(1, 4) == 0
     assert parallel.bubble(4, 4) == pytest.approx(3 / 7)
     assert parallel.bubble(4, 8, 2) == pytest.approx(3 / 19)
-
-
-def _elements(text, kind):
-    """Elements that the collectives of one kind in a program give each device, those of a loop once."""
-    results = re.findall(rf"= (.*) {kind}(?:-start)?\(", text)
-    shapes = [dims for result in results for dims in re.findall(r"[a-z]+\d*\[([\d,]*)\]", result)]
-    return sum(math.prod(map(int, filter(None, dims.split(",")))) for dims in shapes)

@@ -68,8 +68,28 @@ def test_every_mesh_is_tried_and_other_axes_stay():
     with pytest.raises(ValueError, match="8 devices do not divide by 3"):
         list(candidates(dataclasses.replace(mesh, ici=(3, 2, 1, 1)), 8, 8, H100, [None]))
     assert list(candidates(parallel.Mesh((1,), axes=("data",)), 8, 4, H100, [None])) == [
-        "the 4 rows of a step do not divide over data x fsdp"
+        "the 4 rows of a step do not divide over data"
     ]
+
+
+def test_pipelines_are_tried_where_their_stages_divide_the_layers():
+    items = list(candidates(parallel.Mesh((8, 1, 1)), 8, 16, H100, ["A"], repeats=12))
+    refused = [item for item in items if isinstance(item, str)]
+    assert refused == ["12 repeats of the blocks do not divide over 8 pipeline stages"]
+    found = [item for item in items if not isinstance(item, str)]
+    assert {candidate.stages for candidate in found} == {1, 2, 4}
+    (eight,) = [c for c in found if c.stages == 2 and c.mesh.shape["tensor"] == 4][-1:]
+    assert eight.num_microbatches == 16, "a multiple of the stages, of at least one row each"
+    assert eight.flags == (
+        "--fdl.ICI_MESH_SHAPE=[2,1,1,4] --fdl.DCN_MESH_SHAPE=[1,1,1,1] --fdl.NUM_MICROBATCHES=16 "
+        "--fdl.NUM_STAGES=2 --fdl.CHECKPOINT_POLICY=A"
+    )
+    without = [c for c in found if c.stages == 1]
+    assert all("NUM_STAGES" not in c.knobs and "pipeline" not in c.mesh.shape for c in without)
+    (other,) = list(
+        candidates(parallel.Mesh((1, 1), axes=("context", "data")), 2, 2, H100, ["A"], repeats=2)
+    )[-1:]
+    assert other.knobs["MESH_AXES"] == "[pipeline,context,data]"
 
 
 def test_policies_that_keep_more_have_more_bytes_and_fewer_flops():
@@ -118,8 +138,9 @@ def test_the_best_is_the_fastest_that_fits(found):
 
 
 def test_refusals_are_grouped(found):
-    (reason,) = found.refused
-    assert reason == "'heads' = 2 does not divide over tensor"
+    reason = "'heads' = 2 does not divide over tensor"
+    stages = "2 repeats of the blocks do not divide over 4 pipeline stages"
+    assert set(found.refused) == {reason, stages}
     # tensor=4 for 8, 4, 2 and 1 rows a microbatch, two policies.
     assert len(found.refused[reason]) == 8
     text = report.search_table(found)

@@ -19,7 +19,7 @@ PILE = {
     "--job_log_dir": "test_logdir",
 }
 SLURM = {"SLURM_NTASKS": "16", "SLURM_PROCID": "3", "SLURM_JOB_NUM_NODES": "2"}
-SLURM |= {"SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1"}
+SLURM |= {"SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1", "SERVER_PORT": "12345"}
 
 # Stands for main.py where only the way a script ends is looked at.
 PROGRAM = """
@@ -51,8 +51,8 @@ def start(script, *arguments, environment=(), **options):
     )
 
 
-def run(script, *arguments, environment=()):
-    process = start(script, *arguments, environment=environment)
+def run(script, *arguments, environment=(), **options):
+    process = start(script, *arguments, environment=environment, **options)
     process.stdout_text, process.stderr_text = process.communicate(timeout=60)
     return process
 
@@ -69,7 +69,7 @@ def dry_run(script, *arguments, environment=()):
 
 
 def test_all_scripts_are_bash(root):
-    scripts = [*root.glob("scripts/**/*.sh"), root / ".ci/run"]
+    scripts = [*root.glob("scripts/**/*.sh"), *root.glob("scripts/*.sub"), root / ".ci/run"]
     assert len(scripts) > 8
     for script in scripts:
         subprocess.run(["bash", "-n", script], check=True)
@@ -87,7 +87,9 @@ def test_all_scripts_are_bash(root):
         "run_multiprocess_local",
         "run_pile_multinode",
         "run_pile_singlenode",
+        "run_stage",
         "setup_env",
+        "slurm_loopback",
         "test",
     ],
 )
@@ -223,7 +225,6 @@ def test_llama_boolq_evaluates_weights_as_they_are(root):
         ({"CHECKPOINT_RESTORE_PATH": ""}, "set CHECKPOINT_RESTORE_PATH"),
         ({"USE_LORA": "True"}, "USE_LORA=True: it must be 0 or 1"),
         ({"USE_MULTIPROCESS": "1"}, "set LOG_DIR to a folder that all processes see"),
-        ({"ENABLE_TE": "1"}, "Transformer Engine is not wired yet"),
     ],
 )
 def test_llama_boolq_says_what_is_wrong_in_one_line(root, environment, message):
@@ -348,3 +349,76 @@ def test_local_processes_all_hear_a_signal(copied):
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 83
     assert output.count("saved") == 2
+
+
+JOB_FILES = {
+    "launch_base_script": {"CONFIG": "Pile126M"},
+    "example_slurm_pile": {},
+    "example_slurm_llama": {"BASE_CHECKPOINT_RESTORE_PATH": "/weights of mine"},
+}
+
+
+@pytest.mark.parametrize("name", JOB_FILES)
+@pytest.mark.parametrize("container", [None, "registry/paxlike:1 $(touch owned)"])
+def test_job_files_hand_their_variables_to_srun(root, tmp_path, name, container):
+    """With a stand-in for srun that writes down its arguments."""
+    program = tmp_path / "srun"
+    program.write_text(f"#!/bin/bash\nprintf '%s\\0' \"$@\" > '{tmp_path}/call'\n")
+    program.chmod(0o755)
+    workspace = tmp_path / "it's a workspace"
+    workspace.mkdir()
+    variables = {
+        "BASE_WORKSPACE_DIR": str(workspace),
+        "BASE_TFDS_DATA_DIR": "/data; touch owned",
+        "BASE_VOCAB_PATH": '/"vocab"',
+        "LOG_DIR_LOCAL": "run one",
+        "ADDITIONAL_ARGS": "--fdl.NAME=$(touch owned) --fdl.A=1",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "n[1-2]",
+        "SLURM_SUBMIT_DIR": str(root),
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        **JOB_FILES[name],
+    }
+    if container is not None:
+        variables["CONTAINER"] = container
+    process = run(root / f"scripts/{name}.sub", environment=variables, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr_text
+    call = (tmp_path / "call").read_text().split("\0")[:-1]
+    code = "/opt/paxlike" if container else str(root)
+    script = call.index("bash")
+    assert call[script + 1].startswith(f"{code}/scripts/run_")
+    assert "--kill-on-bad-exit=0" in call and "--wait=30" in call
+    if container:
+        assert f"--container-image={container}" in call
+        mounts = next(word for word in call if word.startswith("--container-mounts="))
+        assert f"{workspace}:{workspace}" in mounts and "/data; touch owned:/mnt/datasets" in mounts
+    else:
+        assert not any("container" in word for word in call[:script])
+    if name != "example_slurm_llama":
+        assert f"{workspace}/run one" in call[script:]
+        assert ("/mnt/datasets" if container else "/data; touch owned") in call[script:]
+    if name != "launch_base_script":
+        assert call[-3:] == ["--fdl.NAME=$(touch", "owned)", "--fdl.A=1"]
+    assert not list(tmp_path.rglob("owned"))
+
+
+@pytest.mark.parametrize("name", ["example_slurm_pile", "example_slurm_llama"])
+def test_job_files_name_what_is_missing(root, name):
+    variables = {"SLURM_SUBMIT_DIR": str(root), "SLURM_JOB_ID": "7"}
+    process = run(root / f"scripts/{name}.sub", environment=variables)
+    assert process.returncode == 2
+    assert "job 7: set BASE_TFDS_DATA_DIR" in process.stderr_text
+    assert process.stderr_text.count("\n") == 1
+
+
+def test_a_stage_that_is_done_is_left_out(copied):
+    script, run_dir = copied / "scripts/run_stage.sh", copied / "it's a run"
+    command = [script, "train", "key1", run_dir, "main.py", "--fdl_config=X"]
+    first = run(*command)
+    assert first.returncode == 0, first.stderr_text
+    assert "started --fdl_config=X" in first.stdout_text
+    assert (run_dir / "stages/train.done").read_text() == "key1"
+    again = run(*command)
+    assert again.returncode == 0 and again.stdout_text.startswith("train: done before")
+    failed = run(script, "train", "key2", run_dir, "main.py", "--fail")
+    assert failed.returncode == 5 and (run_dir / "stages/train.done").read_text() == "key1"

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from collectives import collectives
 
 from paxlike import parallel
 from paxlike.checkpoint import Checkpointer, CheckpointOptions
@@ -213,17 +214,13 @@ def test_same_losses_on_meshes(kind, shape, references, on_mesh):
 def test_muon_exchanges_matrices_and_gathers_none(shape, on_mesh):
     """Each device orthogonalises whole layers: every kernel travels there and back once, a quarter to each device."""
     trainer = on_mesh("muon", shape)
-    travels = {"all-gather": [], "all-to-all": [], "collective-permute": []}
-    pattern = rf"= (.*?) ({'|'.join(travels)})(?:-start)?\("
-    for shapes, kind in re.findall(pattern, trainer.compiled.as_text()):
-        sizes = re.findall(r"\w+\[([\d,]*)\]", shapes)
-        travels[kind].append(sum(math.prod(int(n) for n in dims.split(",")) for dims in sizes))
+    found = collectives(trainer.compiled)
     kernels = sum(x.size for n, x in named(trainer.abstract.params).items() if n.endswith("kernel"))
     axes = sum(size > 1 for size in shape)  # one exchange for each axis that moves
-    assert sum(travels["all-to-all"]) == 2 * axes * kernels // 4
-    assert not travels["collective-permute"]
+    assert sum(sum(one.sizes) for one in found["all-to-all"]) == 2 * axes * kernels // 4
+    assert not found["collective-permute"]
     # The largest thing that is gathered is the token table, or the weights of one layer of four.
-    assert max(travels["all-gather"]) <= tiny.VOCAB * 64
+    assert max(sum(one.sizes) for one in found["all-gather"]) <= tiny.VOCAB * 64
 
 
 @pytest.mark.parametrize("kind", ["muon", "adafactor"])

@@ -9,7 +9,7 @@ import pytest
 
 from paxlike import parallel
 from paxlike.checkpoint import Checkpointer
-from paxlike.train import loop, replay
+from paxlike.train import findings, loop
 from tests.train.odd_run import experiment, one_device
 
 
@@ -181,7 +181,7 @@ def test_what_cannot_be_replayed_ends_in_one_line(odd, alone, tmp_path):
 
 
 def row(name, layer=None, rms=1.0, non_finite=0.0, **ratios):
-    return replay.Row(name, layer, rms, rms, non_finite, **ratios)
+    return findings.Row(name, layer, rms, rms, non_finite, **ratios)
 
 
 @pytest.mark.parametrize(
@@ -206,18 +206,18 @@ def row(name, layer=None, rms=1.0, non_finite=0.0, **ratios):
     ],
 )
 def test_the_verdict(modules, expected):
-    found = replay.Result({"step": 3}, 2, {}, modules, [row("b/kernel")], True).verdict()
+    found = findings.Result({"step": 3}, 2, {}, modules, [row("b/kernel")], True).verdict()
     assert len(found) == len(expected)
     assert all(line.startswith(start) for line, start in zip(found, expected))
 
 
 def test_a_parameter_that_is_not_finite_is_named():
     parameters = [
-        replay.Row("b/kernel", 1, 0, 0, 0.25, value_non_finite=0.01),
-        replay.Row("b/kernel", 0, 0, 0, 0.0, value_non_finite=0.0),
+        findings.Row("b/kernel", 1, 0, 0, 0.25, value_non_finite=0.01),
+        findings.Row("b/kernel", 0, 0, 0, 0.0, value_non_finite=0.0),
     ]
     modules = [row("b", 0), row("b", 1, non_finite=0.5)]
-    assert replay.Result({"step": 3}, 2, {}, modules, parameters, True).verdict()[1:] == [
+    assert findings.Result({"step": 3}, 2, {}, modules, parameters, True).verdict()[1:] == [
         "its parameter b/kernel, layer 1 is not finite itself (1.000%)",
         "first gradient that is not finite, from the loss back: b/kernel, layer 1",
     ]

@@ -1,9 +1,7 @@
 """The training step: the same numbers on every mesh, what is sharded, what is communicated, and every option."""
 
-import collections
 import dataclasses
 import math
-import re
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from collectives import collectives
 
 from paxlike.tasks.language import CausalLanguage
 from paxlike.train.optimizer import Optimizer, Schedule
@@ -89,25 +88,11 @@ def test_state_is_sharded_and_moments_like_their_parameters(shape):
         assert expected < 1.35 * single / parts
 
 
-def collectives(compiled):
-    """kind -> list of (number of elements of every operand, name of the operation in the program)."""
-    found = collections.defaultdict(list)
-    pattern = r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\((.*)"
-    for shapes, kind, rest in re.findall(pattern, compiled.as_text()):
-        sizes = [
-            math.prod(int(n) for n in dims.split(",") if n)
-            for dims in re.findall(r"\w+\[([\d,]*)\]", shapes)
-        ]
-        name = re.search(r'op_name="([^"]*)"', rest)
-        found[kind].append((sizes, name.group(1) if name else ""))
-    return found
-
-
 def test_data_parallelism_reduces_gradients_once():
     found = collectives(tiny.Trainer((4, 1, 1)).compiled)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(tiny.Trainer().state.params))
     assert set(found) == {"all-reduce"}
-    reduced = sum(size for sizes, _ in found["all-reduce"] for size in sizes)
+    reduced = sum(sum(one.sizes) for one in found["all-reduce"])
     # The table is summed from two places (embedding and logits); everything else once. In the loop over layers the
     # program holds the reduction of one layer of four.
     assert reduced <= parameters + tiny.VOCAB * 64 + 100
@@ -120,15 +105,15 @@ def test_fsdp_gathers_weights_and_keeps_no_full_gradient():
     # In each pass (nothing is saved) the weights of the layer, each once: qkv, out, ffn1, ffn2.
     for one_pass in (False, True):
         gathered = [
-            max(sizes)
-            for sizes, name in found["all-gather"]
-            if "stack._in_turn/while/body" in name and ("transpose" in name) == one_pass
+            one.size
+            for one in found["all-gather"]
+            if "stack._in_turn/while/body" in one.name and ("transpose" in one.name) == one_pass
         ]
         assert sorted(gathered) == [64 * 64, 3 * 64 * 64, 4 * 64 * 64, 4 * 64 * 64]
     # A CPU has no reduce-scatter: it reduces one layer and keeps its slice. Nothing of the size of all layers is
     # reduced or gathered: that would be a replicated gradient.
     stacked = max(leaf.size for leaf in jax.tree.leaves(trainer.state.params))
-    largest = max(size for kind in found for sizes, _ in found[kind] for size in sizes)
+    largest = max(one.size for kind in found for one in found[kind])
     assert largest <= max(stacked // 4, tiny.VOCAB * 64)
     gradients = jax.tree.leaves(trainer.compiled.output_shardings[0].params)
     assert len(gradients) == len(jax.tree.leaves(trainer.state.params))
@@ -139,15 +124,15 @@ def test_tensor_parallelism_reduces_activations_twice_per_block_and_direction():
     found = collectives(trainer.compiled)
     activation = tiny.ROWS * tiny.LENGTH * 64
     inside = [
-        name
-        for sizes, name in found["all-reduce"]
-        if sizes == [activation] and "while/body" in name
+        one.name
+        for one in found["all-reduce"]
+        if one.sizes == (activation,) and "while/body" in one.name
     ]
     forward = [name for name in inside if "transpose" not in name]
     backward = [name for name in inside if "transpose" in name]
     assert len(forward) == 2 and len(backward) == 2, inside
     # No weight and no logits travel; the argmax of sharded logits gathers one number per position and shard.
-    assert all(max(sizes) <= 4 * tiny.ROWS * tiny.LENGTH for sizes, _ in found["all-gather"])
+    assert all(one.size <= 4 * tiny.ROWS * tiny.LENGTH for one in found["all-gather"])
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():

@@ -1,0 +1,224 @@
+"""Transformer Engine as a backend of the same layers: matrix products with a weight by its kernels.
+
+The only file that imports it. Parameters, and the state of FP8, are those of `ops.fp8`, so that a checkpoint can be
+gone on with by either: Transformer Engine is called as a function, is given scales and an empty history, and what it
+enters there is handed back as what was seen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from paxlike import compat
+from paxlike.ops import fp8
+from paxlike.ops.attention import is_plain
+
+# Ours -> theirs.
+RECIPES = {
+    "delayed": "DelayedScaling",
+    "current": "Float8CurrentScaling",
+    "mxfp8": "MXFP8BlockScaling",
+}
+_AXES = {"data": "dp", "fsdp": "fsdp", "tensor": "tp", "pipeline": "pp", "context": "cp"}
+_AXES |= {"expert": "ep"}
+_MULTIPLES = {"mxfp8": 32}  # of the sides of a matrix; 16 in the others
+_WITHOUT = "set USE_TE=False, or install it (the Dockerfile does; scripts/build_te_cpu.sh where there is no GPU)"
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerEngine:
+    """Multiplies by a weight with Transformer Engine; called, it gives what stands in for `jax.lax.dot_general`.
+
+    Attributes:
+      recipe: one of `RECIPES`; None multiplies in the compute dtype.
+      amax_history, margin: as in `ops.fp8.Fp8`, of the delayed recipe.
+
+    Raises:
+      ValueError: it is not installed, or cannot be imported.
+    """
+
+    recipe: str | None = None
+    amax_history: int = 1024
+    margin: int = 0
+
+    def __post_init__(self):
+        if self.recipe not in (None, *RECIPES):
+            raise ValueError(f"FP8_RECIPE='{self.recipe}' is none of {', '.join(RECIPES)}")
+        fp8.Fp8("delayed", self.amax_history, self.margin)  # refuses bad numbers
+        engine()
+
+    def __call__(self) -> nn.Module:
+        """The module that multiplies, to be made inside a compact one."""
+        return DotGeneral(self, name="fp8")
+
+
+class DotGeneral(nn.Module):
+    """x W by Transformer Engine; with the delayed recipe it holds the history of one weight, as `ops.fp8` does."""
+
+    te: TransformerEngine
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "..."],
+        kernel: Float[Array, "..."],
+        dimension_numbers: Any,
+        precision: Any = None,
+    ) -> Float[Array, "..."]:
+        """`x` (*rows, p) times `kernel` (p, *features).
+
+        Raises:
+          ValueError: a size that the recipe does not take, or a recipe that the device does not have.
+        """
+        te = self.te
+        if te.recipe is not None:
+            multiple = _MULTIPLES.get(te.recipe, fp8.MULTIPLE)
+            fp8.check_sizes("/".join(self.path[:-1]), kernel.shape, multiple)
+            check_recipe(te.recipe)
+        peaks = None
+        if te.recipe == "delayed":
+            peaks = fp8.peaks(fp8.history(self, te.amax_history))
+        if is_plain():  # FLOPs are counted on products that can be seen
+            return jax.lax.dot_general(x, kernel, dimension_numbers)
+        return product(x, kernel, peaks, te.recipe, te.margin)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def product(
+    x: Float[Array, "..."],
+    w: Float[Array, "..."],
+    peaks: Float[Array, "3"] | None,
+    recipe: str | None,
+    margin: int = 0,
+) -> Float[Array, "..."]:
+    """`x` (*rows, p) times `w` (p, *features); `peaks` as in `ops.fp8.product`."""
+    return _forward(x, w, peaks, recipe, margin)[0]
+
+
+def _forward(x, w, peaks, recipe, margin):
+    def dense(x, w, scales, histories):
+        options = {"contracting_dims": ((x.ndim - 1,), (0,))}
+        if recipe is not None:
+            options["quantizer_set"] = _quantizers(recipe, margin, scales, histories)
+        return engine().jax.dense.dense(x, w, **options)
+
+    scales = histories = None
+    if peaks is not None:
+        types = (fp8.FORWARD, fp8.FORWARD, fp8.BACKWARD)
+        scales = [(1.0 / fp8.scale(peaks[i], types[i], margin))[None] for i in range(3)]
+        # Transformer Engine enters an amax in front, turns by one, and clears the place: it is found at the end.
+        histories = [jnp.zeros((2,), jnp.float32)] * 3
+    with _its_ways():
+        y, back = jax.vjp(dense, x, w, scales, histories)
+    # As in `ops.fp8`: what a remat policy keeps of 8-bit floats is not what they were.
+    return y, (jax.tree.map(_Kept.of, back), peaks)
+
+
+def _backward(recipe, margin, residuals, dy):
+    kept, peaks = residuals
+    back = jax.tree.map(lambda leaf: leaf.restored(), kept, is_leaf=lambda k: isinstance(k, _Kept))
+    with _its_ways():
+        dx, dw, _, histories = back(dy)
+    if peaks is None:
+        return dx, dw, None
+    seen = jnp.concatenate([history[-1:] for history in histories])
+    return dx, dw, jnp.where(jnp.isfinite(seen), seen, 0.0)
+
+
+product.defvjp(_forward, _backward)
+
+
+@contextlib.contextmanager
+def _its_ways() -> Iterator[None]:
+    """It is told the mesh, and may broadcast and promote as numpy does."""
+    with (
+        engine().jax.sharding.global_shard_guard(mesh_resource()),
+        jax.numpy_rank_promotion("allow"),
+        jax.numpy_dtype_promotion("standard"),
+    ):
+        yield
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["bits"], meta_fields=["dtype"])
+@dataclasses.dataclass(frozen=True)
+class _Kept:
+    """An array that waits for the backward pass, 8-bit floats as bytes."""
+
+    bits: jax.Array
+    dtype: Any
+
+    @classmethod
+    def of(cls, array: jax.Array) -> _Kept:
+        dtype = jnp.asarray(array).dtype
+        if dtype.itemsize == 1 and jnp.issubdtype(dtype, jnp.floating):
+            return cls(jax.lax.bitcast_convert_type(array, jnp.uint8), dtype)
+        return cls(array, None)
+
+    def restored(self) -> jax.Array:
+        if self.dtype is None:
+            return self.bits
+        return jax.lax.bitcast_convert_type(self.bits, self.dtype)
+
+
+def _quantizers(recipe, margin, scales, histories):
+    quantize = engine().jax.quantize
+    metas = [quantize.QuantizeMeta() for _ in range(3)]
+    if scales is not None:
+        metas = [
+            quantize.QuantizeMeta(scale=scale, amax_history=history)
+            for scale, history in zip(scales, histories)
+        ]
+    x, kernel, grad = metas
+    return quantize.QuantizerFactory.create_set(
+        fp8_recipe=_recipe(recipe, margin),
+        quantize_meta_set=quantize.QuantizeMetaSet(x=x, kernel=kernel, grad=grad),
+    )
+
+
+def _recipe(name: str, margin: int) -> Any:
+    made = getattr(engine().recipe, RECIPES[name])
+    return made(margin=margin, amax_history_len=2) if name == "delayed" else made()
+
+
+def check_recipe(name: str) -> None:
+    """Raises one line where Transformer Engine, or the device, does not have the recipe."""
+    there = engine()
+    if not hasattr(there.recipe, RECIPES[name]):
+        raise ValueError(
+            f"FP8_RECIPE={name}: this Transformer Engine has no {RECIPES[name]}; use another recipe"
+        )
+    supported, why = there.jax.quantize.is_quantize_recipe_supported(RECIPES[name])
+    if not supported:
+        raise ValueError(f"FP8_RECIPE={name} cannot be used with USE_TE=True here: {why}")
+
+
+def mesh_resource() -> Any:
+    """The mesh axes in force, as Transformer Engine calls them."""
+    axes = compat.current_mesh_shape()
+    named = {f"{theirs}_resource": ours for ours, theirs in _AXES.items() if axes.get(ours, 1) > 1}
+    return engine().jax.MeshResource(**named)
+
+
+def engine() -> SimpleNamespace:
+    """Its modules: `jax`, and `recipe`; one line where they are missing."""
+    try:
+        return SimpleNamespace(
+            jax=importlib.import_module("transformer_engine.jax"),
+            recipe=importlib.import_module("transformer_engine.common.recipe"),
+        )
+    except ImportError as error:
+        text = f"USE_TE=True, but Transformer Engine is not installed ({error}): {_WITHOUT}"
+    except (OSError, RuntimeError, AssertionError) as error:
+        text = f"USE_TE=True, but Transformer Engine cannot be imported ({error}): {_WITHOUT}"
+    raise ValueError(" ".join(text.split()))

@@ -1,0 +1,168 @@
+"""Transformer Engine as a backend: the numbers, the parameters and the state of our own FP8.
+
+With Transformer Engine (scripts/build_te_cpu.sh) its own CPU forms are tested, else a stand-in of the same interface
+tests what lies around it.
+"""
+
+import importlib
+import os
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from parallel import meshes
+
+from paxlike.layers.linear import Linear
+from paxlike.layers.lora import Lora
+from paxlike.log.flops import matmul_flops
+from paxlike.ops import attention, fp8, te
+from paxlike.ops.fp8 import STATE, Fp8
+from paxlike.ops.te import TransformerEngine
+from tests.ops import te_stand_in
+
+try:
+    importlib.import_module("transformer_engine.jax")
+    MISSING = ""
+except (ImportError, OSError) as error:
+    MISSING = f"Transformer Engine cannot be imported here ({error}); see scripts/build_te_cpu.sh"
+
+
+@pytest.fixture(params=["Transformer Engine", "stand-in"])
+def engine(request, monkeypatch):
+    """Transformer Engine itself, and what has its interface."""
+    if request.param == "stand-in":
+        for name, module in te_stand_in.modules().items():
+            monkeypatch.setitem(sys.modules, name, module)
+        return request.param
+    if MISSING:
+        pytest.skip(MISSING)
+    if jax.default_backend() == "cpu":
+        assert os.environ.get("NVTE_JAX_CUSTOM_CALLS") == "false", "run it as build_te_cpu.sh says"
+        # It asks the driver, which is not there.
+        driver = importlib.import_module("transformer_engine_jax")
+        monkeypatch.setattr(driver, "get_device_compute_capability", lambda number=0: 90)
+    return request.param
+
+
+def operands():
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (2, 16, 48))
+    w = 0.02 * jax.random.normal(keys[1], (48, 2, 32))
+    return x, w, 1e-6 * jax.random.normal(keys[2], (2, 16, 2, 32))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "margin"), [("delayed", 0), ("delayed", 1), ("current", 0), (None, 0)]
+)
+def test_products_and_what_is_seen_are_ours(engine, recipe, margin):
+    x, w, dy = operands()
+    peaks = None
+    if recipe == "delayed":
+        peaks = jnp.stack([jnp.max(jnp.abs(t)) for t in (x, w, dy)])
+    ours = lambda x, w, p: fp8.product(x, w, p, margin)
+    if recipe is None:
+        ours = lambda x, w, p: jnp.einsum("bsp,pcq->bscq", x, w)
+    expected, expected_back = jax.vjp(ours, x, w, peaks)
+    found, back = jax.vjp(lambda x, w, p: te.product(x, w, p, recipe, margin), x, w, peaks)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    for one, other in zip(back(dy), expected_back(dy)):
+        if one is not None:
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-10)
+
+
+def net_of(product, **options):
+    net = tiny.model(layers=2, width=32, **options)
+    (block,) = net.stack.period
+    mixer = block.mixer.clone(dot_general_cls=product)
+    block = block.clone(mixer=mixer, ffn=block.ffn.clone(dot_general_cls=product))
+    return net.clone(stack=net.stack.clone(period=(block,)))
+
+
+def test_the_same_parameters_and_state_and_training_goes_on_by_either(engine):
+    """Two steps of ours, and of Transformer Engine from the same state: a checkpoint serves both."""
+    options = {"compiler_options": meshes.IN_HASTE}
+    ours = tiny.Trainer(net=net_of(Fp8(amax_history=4), remat="SAVE_DOT_ONLY"), **options)
+    product = TransformerEngine("delayed", amax_history=4)
+    theirs = tiny.Trainer(net=net_of(product, remat="SAVE_DOT_ONLY"), **options)
+    describe = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+    assert describe(theirs.abstract) == describe(ours.abstract)
+    ours.step(ours.data[0])
+    theirs.state = jax.device_put(jax.device_get(ours.state), theirs.shardings)
+    for batch in ours.data[1:3]:
+        np.testing.assert_allclose(
+            theirs.step(batch)["loss"].value(), ours.step(batch)["loss"].value(), rtol=1e-4
+        )
+    pairs = zip(*(jax.tree.leaves(dict(t.state.collections)[STATE]) for t in (ours, theirs)))
+    for one, other in pairs:
+        assert (one[..., :3] > 0).all()
+        np.testing.assert_allclose(one, other, rtol=3e-2)
+
+
+def test_parameters_without_fp8_are_those_without_it(engine):
+    plain = meshes.init(tiny.model(layers=2, width=32))
+    found = meshes.init(net_of(TransformerEngine()))
+    jax.tree.map(np.testing.assert_array_equal, found, plain)
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 2, "tensor": 2}, {"data": 2, "pipeline": 2}], ids=str)
+def test_on_a_mesh_it_is_told_the_axes(engine, sizes):
+    net = net_of(TransformerEngine("current"), remat="SAVE_NOTHING")
+    stack = net.stack.clone(pipeline=net.stack.pipeline.__class__(2))
+    net, batch = net.clone(stack=stack), tiny.batches(1)[0]
+    params = meshes.init(net)
+    alone = meshes.loss_and_gradients(net, params, batch, {"data": 1})
+    te_stand_in.guards.clear()
+    found = meshes.loss_and_gradients(net, params, batch, sizes)
+    np.testing.assert_allclose(found[0], alone[0], rtol=1e-3)
+    if engine == "stand-in" and "tensor" in sizes:
+        asked = te_stand_in.MeshResource(fsdp_resource="fsdp", tp_resource="tensor")
+        assert te_stand_in.guards
+        assert all(resource == asked for resource in te_stand_in.guards)
+
+
+def test_adapters_beside_it(engine):
+    layer = Linear(32, ("embed", "mlp"), dot_general_cls=TransformerEngine("current"))
+    x = operands()[0]
+    plain = layer.init(jax.random.key(0), x)
+    adapted = layer.clone(adapter=Lora(rank=2))
+    both = adapted.init(jax.random.key(0), x)
+    assert set(both["params"]) == {"kernel", "bias", "lora"}
+    np.testing.assert_array_equal(adapted.apply(both, x), layer.apply(plain, x))
+
+
+def test_flops_are_counted_on_products_that_can_be_seen(engine):
+    layer = Linear(32, ("embed", "mlp"), dot_general_cls=TransformerEngine("current"))
+    x = operands()[0]
+    params = layer.init(jax.random.key(0), x)
+
+    def forward(x):
+        with attention.plain():
+            return layer.apply(params, x)
+
+    assert matmul_flops(forward, x) == 2 * 2 * 16 * 48 * 32
+
+
+def test_what_it_or_the_device_lacks_is_one_line(engine, monkeypatch):
+    if engine == "stand-in":
+        with pytest.raises(ValueError, match="this Transformer Engine has no MXFP8BlockScaling"):
+            te.check_recipe("mxfp8")
+        monkeypatch.setattr(te.engine().recipe, "MXFP8BlockScaling", object, raising=False)
+    quantize = te.engine().jax.quantize
+    lacking = lambda name: (False, "it needs Blackwell")
+    monkeypatch.setattr(quantize, "is_quantize_recipe_supported", lacking)
+    with pytest.raises(ValueError, match="FP8_RECIPE=mxfp8 cannot be used with USE_TE=True here"):
+        te.check_recipe("mxfp8")
+    layer = Linear(24, ("embed", "mlp"), dot_general_cls=TransformerEngine("current"))
+    with pytest.raises(ValueError, match="multiples of 16, and .* is 48 x 24"):
+        layer.init(jax.random.key(0), operands()[0])
+
+
+def test_not_installed_is_one_line(monkeypatch):
+    for name in ("transformer_engine", "transformer_engine.jax"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ValueError, match="USE_TE=True, but Transformer Engine is not ins") as error:
+        TransformerEngine()
+    assert "\n" not in str(error.value)

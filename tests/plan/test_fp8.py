@@ -1,0 +1,149 @@
+"""FP8 products: those that a step asks for, and those that a compiler made."""
+
+import copy
+import json
+import types
+
+import jax
+import pytest
+import tiny
+from plan.test_command import installed, plan
+
+from paxlike import parallel
+from paxlike.layers.lora import TRAINABLE, Lora
+from paxlike.ops.fp8 import Fp8
+from paxlike.plan import fp8, hlo
+from paxlike.train.state import StateFactory
+from paxlike.train.step import TrainStep
+
+LAYERS = 3
+
+
+def traced(*, adapters=None, opt=None, **options):
+    """The step of a tiny GPT in FP8, traced."""
+    net = tiny.model(**{"layers": LAYERS, "width": 32, **options})
+    (block,) = net.stack.period
+    mixer = block.mixer.clone(dot_general_cls=Fp8(), adapters=adapters)
+    block = block.clone(mixer=mixer, ffn=block.ffn.clone(dot_general_cls=Fp8()))
+    net = net.clone(stack=net.stack.clone(period=(block,)))
+    mesh = parallel.Mesh(ici=(1, 1, 1)).build(jax.devices()[:1])
+    with parallel.activate(mesh):
+        (batch,) = tiny.batches(1)
+        spec = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch.items()}
+        factory = StateFactory(net, opt or tiny.optimizer(), spec, mesh)
+        step = TrainStep.of(factory, tiny.CausalLanguage())
+        return jax.jit(lambda state, batch: step(state, batch)).trace(factory.abstract(), spec)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"remat": "SAVE_NOTHING"}, {"remat": "SAVE_EVERYTHING"}, {"scan": False}],
+    ids=str,
+)
+def test_three_products_for_each_weight_and_layer(options):
+    asked = fp8.asked_for(traced(**options))
+    assert asked.total() == 3 * 4 * LAYERS
+    assert set(asked.values()) == {LAYERS}
+    kinds = {kind for layer, kind in asked if layer.endswith("period_0/mixer/qkv")}
+    assert kinds == {"forward", "input_grad", "weight_grad"}
+
+
+def test_frozen_weights_have_two():
+    lora = Lora(rank=2)
+    asked = fp8.asked_for(
+        traced(adapters={"qkv": lora, "out": lora}, opt=tiny.optimizer(trainable=TRAINABLE))
+    )
+    assert {kind for _, kind in asked} == {"forward", "input_grad"}
+
+
+def test_a_compiler_that_falls_back_is_caught():
+    """XLA's CPU compiler widens all of them."""
+    step = traced()
+    products = fp8.count(step, hlo.parse(step.lower().compile().as_text()))
+    assert (products.expected, products.found) == (36, 0)
+    assert len(products.missing) == 4
+    assert "stack/layers/period_0/ffn/ffn2 (9)" in products.line()
+    assert "\n" not in products.line()
+
+
+PROGRAM = """HloModule jit_step, is_scheduled=true
+
+%dots (a: f8e4m3fn[16,16], b: f8e5m2[16,16]) -> bf16[16,16] {
+  %a = f8e4m3fn[16,16]{1,0} parameter(0)
+  %b = f8e5m2[16,16]{1,0} parameter(1)
+  ROOT %dot.1 = bf16[16,16]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}, metadata={op_name="jit(step)/stack/while/body/ffn/fp8/fp8_weight_grad/dot_general"}
+}
+
+%body (p: f8e4m3fn[16,16]) -> f8e4m3fn[16,16] {
+  %p = f8e4m3fn[16,16]{1,0} parameter(0)
+  %q = f8e5m2[16,16]{1,0} constant({...})
+  %w = bf16[16,16]{1,0} constant({...})
+  %gemm = (bf16[16,16]{1,0}, s8[64]{0}) custom-call(%p, %p), custom_call_target="__cublas$lt$matmul$f8", metadata={op_name="jit(step)/stack/while/body/closed_call/ffn/ffn._product/fp8/fp8_forward/dot_general"}
+  %triton = bf16[16,16]{1,0} fusion(%p, %q), kind=kCustom, calls=%dots
+  %wide = (bf16[16,16]{1,0}, s8[64]{0}) custom-call(%w, %w), custom_call_target="__cublas$lt$matmul", metadata={op_name="jit(step)/stack/while/body/ffn/fp8/fp8_input_grad/dot_general"}
+  ROOT %r = f8e4m3fn[16,16]{1,0} copy(%p)
+}
+
+%condition (p.1: f8e4m3fn[16,16]) -> pred[] {
+  %p.1 = f8e4m3fn[16,16]{1,0} parameter(0)
+  ROOT %true = pred[] constant(true)
+}
+
+ENTRY %main (x: f8e4m3fn[16,16]) -> f8e4m3fn[16,16] {
+  %x = f8e4m3fn[16,16]{1,0} parameter(0)
+  ROOT %loop = f8e4m3fn[16,16]{1,0} while(%x), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+}
+"""  # noqa: E501
+
+
+def test_calls_and_fusions_are_found_in_loops_and_wide_ones_are_not():
+    made = fp8.made(hlo.parse(PROGRAM))
+    assert made == {("stack/ffn", "forward"): 5, ("stack/ffn", "weight_grad"): 5}
+    kinds = ("forward", "input_grad", "weight_grad")
+    expected = fp8.Counter({("stack/ffn", kind): 5 for kind in kinds})
+    products = fp8.compare(expected, made)
+    assert products == fp8.Products(15, 10, {"stack/ffn": 5})
+    # What is found twice, as it is recomputed, counts once.
+    twice = fp8.compare(fp8.Counter({("stack/ffn", "forward"): 2}), copy.copy(made))
+    assert twice.line() == "FP8 products: 2 of 2"
+
+
+def test_a_run_on_a_gpu_says_what_it_found(monkeypatch):
+    """The start of a run reads its own program, where that is a GPU's."""
+    from paxlike.experiment import Experiment
+    from paxlike.ops import platform
+
+    step = traced()
+    compiled = types.SimpleNamespace(as_text=lambda: PROGRAM)
+    assert Experiment.fp8_products(None, step, compiled) is None
+    monkeypatch.setattr(platform, "is_nvidia", lambda: True)
+    assert Experiment.fp8_products(None, step, compiled).found == 0
+
+
+@pytest.mark.skipif(
+    not installed("jax-cuda13-plugin", "jax-cuda12-plugin"),
+    reason="needs the GPU compiler: requirements/plan.txt",
+)
+def test_the_program_for_h100_multiplies_in_fp8(tmp_path):
+    done = plan(
+        "--chip=h100",
+        f"--job_log_dir={tmp_path}",
+        USE_FP8=True,
+        NUM_LAYERS=3,
+        CHECKPOINT_POLICY="SAVE_NOTHING",
+        ICI_MESH_SHAPE="[1,2,2]",
+        DCN_MESH_SHAPE="[1,1,1]",
+    )
+    assert "\nFP8 products: 36 of 36\n" in done.stdout
+    found = json.loads((tmp_path / "plan.json").read_text())["fp8"]
+    assert found == {"expected": 36, "found": 36, "missing": {}}
+
+
+@pytest.mark.skipif(
+    not installed("jax-cuda13-plugin", "jax-cuda12-plugin"),
+    reason="needs the GPU compiler: requirements/plan.txt",
+)
+def test_a_chip_without_it_is_refused():
+    mesh = {"ICI_MESH_SHAPE": "[1,1,1]", "DCN_MESH_SHAPE": "[1,1,1]"}
+    done = plan("--chip=a100", expect=2, USE_FP8=True, **mesh)
+    assert "compute capability 8.9 or above" in done.stderr.strip().splitlines()[-1]
