@@ -110,17 +110,21 @@ class Llama(LlamaKnobs, abstract=True):
         return fdl.Config(
             Block,
             mixer=self.mixer(local=local),
-            ffn=fdl.Config(
-                FeedForward,
-                hidden=self.HIDDEN_DIMS,
-                activation=self.ACTIVATION,
-                gated=True,
-                use_bias=False,
-                **self.projections(),
-            ),
+            ffn=self.feed_forward(),
             mixer_norm=self.norm(),
             ffn_norm=self.norm(),
             **(post if self.POST_NORM else {}),
+        )
+
+    def feed_forward(self) -> fdl.Config[Any]:
+        """The second half of a block."""
+        return fdl.Config(
+            FeedForward,
+            hidden=self.HIDDEN_DIMS,
+            activation=self.ACTIVATION,
+            gated=True,
+            use_bias=False,
+            **self.projections(),
         )
 
     def mixer(self, *, local: bool) -> fdl.Config[Attention]:

@@ -20,7 +20,9 @@ from configs.knobs import Knobs
 from paxlike.experiment import Experiment
 from paxlike.layers.attention import Attention
 from paxlike.layers.feedforward import FeedForward
+from paxlike.layers.latent_attention import LatentAttention
 from paxlike.layers.lora import TRAINABLE, Lora
+from paxlike.layers.moe import MoE
 from paxlike.layers.projection import Projecting
 
 
@@ -100,11 +102,14 @@ def adapter(knobs: LoraKnobs) -> fdl.Config[Lora]:
 def projections(node: fdl.Config[Any]) -> tuple[str, ...]:
     """Names of the projections that an attention or feed-forward layer will have."""
     cls = fdl.get_callable(node)
+    if issubclass(cls, LatentAttention):
+        queries = ("query",) if node.query_rank is None else ("query_a", "query_b")
+        return (*queries, "key_a", "key_b", "out")
     if issubclass(cls, Attention):
         heads, groups = node.num_heads, node.num_kv_heads or node.num_heads
         combined = node.combine_qkv and heads == groups
         return ("qkv", "out") if combined else ("query", "key", "value", "out")
-    if issubclass(cls, FeedForward):
+    if issubclass(cls, FeedForward | MoE):
         return ("gate", "ffn1", "ffn2") if node.gated else ("ffn1", "ffn2")
     raise ValueError(f"the projections of {cls.__name__} are not known to LoRA: add them here")
 
@@ -114,7 +119,7 @@ def _is_target(node: fdl.Config[Any], path: str, knobs: LoraKnobs) -> bool:
     if target == "all":
         return True
     if target in ("attention", "mlp"):
-        return issubclass(cls, Attention if target == "attention" else FeedForward)
+        return issubclass(cls, Attention if target == "attention" else FeedForward | MoE)
     try:
         return re.search(target, path) is not None
     except re.error as error:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from paxlike.checkpoint import (
     Use,
     Weights,
     named_leaves,
+    nested,
     read_metadata,
     restore_params,
     restore_variables,
@@ -39,6 +41,7 @@ from paxlike.data.statistics import unigram_entropy_of
 from paxlike.data.tokenizers import check_vocabulary
 from paxlike.evaluate import EvalOptions
 from paxlike.layers import lora
+from paxlike.log.experts import WatchOptions
 from paxlike.log.progress import Progress
 from paxlike.log.run_log import RunLog
 from paxlike.ops import platform
@@ -64,6 +67,7 @@ class LogOptions:
       profiler_capture_step: first step of a profiler trace (counted from 1), None for none.
       profiler_num_steps: steps in the trace.
       peak_tflops: peak rate of one device in TFLOP/s for the MFU, None takes it from the chip table.
+      experts: when a router counts as collapsed, which is a warning.
     """
 
     summary_interval_steps: int = 100
@@ -71,6 +75,7 @@ class LogOptions:
     profiler_capture_step: int | None = None
     profiler_num_steps: int = 2
     peak_tflops: float | None = None
+    experts: WatchOptions = WatchOptions()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,7 +270,7 @@ class Experiment:
                     f"CHECKPOINT_IGNORE_RULES={[pattern for pattern, _ in weights.rules]} cannot be used on "
                     f"{path}, which is no checkpoint of paxlike: convert it first (scripts/convert.py)"
                 )
-            return lora.adopt(self._import(path, base), initial)
+            return lora.adopt(self._import(path, base, initial), initial)
         rules = weights.rules
         if any(f"/{lora.NAME}/" in name for name in read_metadata(path)["arrays"]):
             rules = (*rules, (rf".*/{lora.NAME}/.*", None))  # the adapters of that run lie unused
@@ -284,7 +289,8 @@ class Experiment:
         else:
             read_metadata(path)
 
-    def _import(self, path: Path, abstract: Any) -> Any:
+    def _import(self, path: Path, abstract: Any, initial: Any = None) -> Any:
+        """The weights in `path`; of `initial` what they do not have and need not (routers of an upcycled model)."""
         if self.weights is None:
             raise ValueError(
                 f"{path} holds weights of another program, and {self.name} does not know their names"
@@ -297,7 +303,13 @@ class Experiment:
                 bars.append(Progress(total, description="import", unit="tensor", enabled=shows))
             bars[0].update(done)
 
-        params = import_params(path, abstract, self.weights, report=report)
+        names = getattr(self.weights, "fresh", None)
+        fresh = {} if initial is None or names is None else named_leaves(initial)
+        fresh = {name: value for name, value in fresh.items() if re.fullmatch(names, name)}
+        wanted = named_leaves(abstract)
+        part = nested({name: leaf for name, leaf in wanted.items() if name not in fresh})
+        params = import_params(path, part, self.weights, report=report)
+        params = with_leaves(abstract, named_leaves(params) | fresh)
         for bar in bars:
             bar.close()
         return params
@@ -332,6 +344,7 @@ class Experiment:
             tensorboard=options.tensorboard,
             is_main=jax.process_index() == 0,
             compute_dtype=self.compute_dtype,
+            experts=options.experts,
             peak_flops_per_device=None
             if options.peak_tflops is None
             else options.peak_tflops * 1e12,

@@ -39,6 +39,7 @@ PARTS = {
     "checkpoint": "parts.checkpoint",
     "decode": "parts.decode",
     "lora": "lora.lora",
+    "moe": "moe.moe",
 }
 
 

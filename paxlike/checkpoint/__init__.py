@@ -1,6 +1,6 @@
 """Checkpoints of a run: atomic, asynchronous, checked, readable on any mesh and process count."""
 
-from paxlike.checkpoint.arrays import named_leaves, with_leaves
+from paxlike.checkpoint.arrays import named_leaves, nested, with_leaves
 from paxlike.checkpoint.checkpointer import Checkpointer, Restored
 from paxlike.checkpoint.follow import (
     clear_finished,
@@ -32,6 +32,7 @@ __all__ = [
     "finished_step",
     "mark_finished",
     "named_leaves",
+    "nested",
     "read_metadata",
     "restore_params",
     "restore_variables",

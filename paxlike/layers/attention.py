@@ -5,6 +5,8 @@ Shape legend: b batch, s length, t cache length, d width, h query heads, g key/v
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -16,6 +18,7 @@ from paxlike.layers.dropout import Dropout
 from paxlike.layers.projection import Projecting
 from paxlike.layers.sequence import Sequence
 from paxlike.ops import attention as ops
+from paxlike.ops.biased_attention import biased_attention
 from paxlike.ops.context_attention import context_attention
 from paxlike.ops.rope import Rope
 
@@ -34,6 +37,9 @@ class Attention(Projecting):
       query_norm, key_norm: over the features of each head, before `rope` (Dehghani et al. 2023, section 2).
       query_scale: factor of the scores; None is 1/sqrt(head_dim).
       logit_cap: bound of the scores, see `ops.attention`.
+      relative_buckets: a trained bias of each head for so many ranges of distance (T5), None for none.
+      relative_init: its initialiser.
+      extra_logit: the softmax has one more score of 0 (see `ops.biased_attention`).
       implementation: backend of `ops.attention`.
     """
 
@@ -49,22 +55,25 @@ class Attention(Projecting):
     key_norm: nn.Module | None = None
     query_scale: float | None = None
     logit_cap: float | None = None
+    relative_buckets: int | None = None
+    relative_init: Any = nn.initializers.normal(0.02)
+    extra_logit: bool = False
     dropout: float = 0.0
     implementation: str = "auto"
 
     @nn.compact
     def __call__(self, x: Float[Array, "b s d"], sequence: Sequence) -> Float[Array, "b s d"]:
-        q, k, v = self._project(x)
+        q, k, v = self._project(x, sequence)
         if self.query_norm is not None:
             q = self.query_norm(q)
         if self.key_norm is not None:
             k = self.key_norm(k)
-        if self.rope is not None:
-            q, k = self.rope(q, sequence.positions), self.rope(k, sequence.positions)
+        q, k = self._turn(q, k, sequence)
         if sequence.cache_length:
             context = self._cached(q, k, v, sequence)
         else:
             context = self._attend_rows(q, k, v, sequence)
+        context = self._values(context)
         context = parallel.shard(context, "batch", "length", "act_heads", None)
         context = checkpoint_name(context, "context")
         axes = ("heads", "head_dim", "embed")
@@ -72,7 +81,17 @@ class Attention(Projecting):
         y = checkpoint_name(parallel.scatter_length(y), "out_proj")
         return Dropout(self.dropout, name="dropout")(y, train=sequence.train)
 
-    def _project(self, x):
+    def _turn(self, q, k, sequence: Sequence):
+        """Queries and keys with their positions."""
+        if self.rope is None:
+            return q, k
+        return self.rope(q, sequence.positions), self.rope(k, sequence.positions)
+
+    def _values(self, context):
+        """What the output projection reads."""
+        return context
+
+    def _project(self, x, sequence: Sequence):
         h, g, size = self.num_heads, self.num_kv_heads or self.num_heads, self.head_dim
         if h % g:
             raise ValueError(f"NUM_HEADS={h} is not a multiple of NUM_KV_HEADS={g}")
@@ -99,6 +118,11 @@ class Attention(Projecting):
         if context is None:
             return self._attend(q, k, v, segments=sequence.segments)
         if context.is_zigzag:
+            if self._is_biased:
+                raise ValueError(
+                    f"relative positions and the extra logit do not go with CONTEXT_PARALLEL={context.kind}: use "
+                    "all_to_all"
+                )
             if self.implementation == "cudnn":
                 raise ValueError(
                     f"cuDNN attention does not serve CONTEXT_PARALLEL={context.kind}: set "
@@ -132,7 +156,38 @@ class Attention(Projecting):
             "logit_cap": self.logit_cap,
         }
 
+    def _attend_with_bias(self, q, k, v, *, segments=None, offset=None, **_):
+        if self.window is not None or self.logit_cap is not None or not self.causal:
+            raise ValueError(
+                "relative_buckets and extra_logit are for causal attention without window and cap"
+            )
+        if self.implementation == "cudnn":
+            raise ValueError(
+                "cuDNN attention has no relative bias and no extra logit here: set USE_CUDNN_FLASH_ATTENTION=None"
+            )
+        table = None
+        if self.relative_buckets is not None:
+            init = nn.with_logical_partitioning(self.relative_init, ("norm", "heads"))
+            shape = (self.relative_buckets, self.num_heads)
+            table = self.param("relative", init, shape, jnp.float32)
+        return biased_attention(
+            q,
+            k,
+            v,
+            table,
+            segments=segments,
+            offset=offset,
+            scale=self.query_scale,
+            extra_logit=self.extra_logit,
+        )
+
+    @property
+    def _is_biased(self) -> bool:
+        return self.relative_buckets is not None or self.extra_logit
+
     def _attend(self, q, k, v, **options):
+        if self._is_biased:
+            return self._attend_with_bias(q, k, v, **options)
         options = {**self._scores, "implementation": self.implementation, **options}
         return ops.attention(q, k, v, **options)
 

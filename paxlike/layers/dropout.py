@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import zlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -75,18 +76,52 @@ class Dropout(nn.Module):
         if there is None or there.key is None:
             keep = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - self.rate, x.shape)
         else:
-            keep = self._mask(there, x.shape)
+            keep = _drawn(
+                self, there, x.shape, lambda k, n: jax.random.bernoulli(k, 1.0 - self.rate, n)
+            )
         return jnp.where(keep, x / (1.0 - self.rate), jnp.zeros_like(x))
 
-    def _mask(self, there: Noise, shape: tuple[int, ...]) -> jax.Array:
-        path = "/".join(self.path[there.depth :])
-        key = jax.random.fold_in(there.key, zlib.crc32(path.encode()))
-        key = _mask_key(there, key, shape)
-        size = shape[key.ndim :]
-        draw = lambda k: jax.random.bernoulli(k, 1.0 - self.rate, size)
-        for _ in range(key.ndim):
-            draw = jax.vmap(draw)
-        return draw(key)
+
+class Jitter(nn.Module):
+    """Multiplies each entry with a number between 1 - size and 1 + size; active while training.
+
+    What a router reads (Switch Transformer, Fedus et al. 2021, appendix C).
+    """
+
+    size: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b s d"], *, train: bool) -> Float[Array, "b s d"]:
+        if not train or self.size == 0.0:
+            return x
+        there = current_noise()
+        if there is None or there.key is None:
+            if not self.has_rng("dropout"):
+                return x
+            factor = self._factor(self.make_rng("dropout"), x.shape)
+        else:
+            factor = _drawn(self, there, x.shape, self._factor)
+        return x * factor.astype(x.dtype)
+
+    def _factor(self, key, shape):
+        return jax.random.uniform(key, shape, jnp.float32, 1.0 - self.size, 1.0 + self.size)
+
+
+def _drawn(
+    module: nn.Module,
+    there: Noise,
+    shape: tuple[int, ...],
+    draw: Callable[[jax.Array, tuple[int, ...]], jax.Array],
+) -> jax.Array:
+    """`draw(key, shape of one token)` for each token, by the key, the module, the row and the token."""
+    path = "/".join(module.path[there.depth :])
+    key = jax.random.fold_in(there.key, zlib.crc32(path.encode()))
+    key = _mask_key(there, key, shape)
+    size = shape[key.ndim :]
+    of_token = lambda k: draw(k, size)
+    for _ in range(key.ndim):
+        of_token = jax.vmap(of_token)
+    return of_token(key)
 
 
 def _mask_key(there: Noise, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

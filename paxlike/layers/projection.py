@@ -16,6 +16,7 @@ class Projecting(nn.Module, kw_only=True):  # type: ignore[call-arg]
     Attributes:
       use_bias: biases in all of them.
       kernel_init: initialiser of all kernels.
+      kernel_inits: name of a projection -> its own initialiser, where it has one.
       dtype: compute dtype.
       dot_general_cls: see `Linear`; a mapping from names of projections gives only those one.
       adapters: name of a projection -> what is added to it (see `layers.lora`).
@@ -23,6 +24,7 @@ class Projecting(nn.Module, kw_only=True):  # type: ignore[call-arg]
 
     use_bias: bool = True
     kernel_init: Initializer = nn.initializers.normal(0.02)
+    kernel_inits: Mapping[str, Any] | None = None
     dtype: str = "float32"
     dot_general_cls: Any = None
     adapters: Mapping[str, Any] | None = None
@@ -40,7 +42,7 @@ class Projecting(nn.Module, kw_only=True):  # type: ignore[call-arg]
             features=features,
             axes=axes,
             use_bias=self.use_bias if use_bias is None else use_bias,
-            kernel_init=self.kernel_init,
+            kernel_init=(self.kernel_inits or {}).get(name, self.kernel_init),
             dtype=self.dtype,
             dot_general_cls=self._dot_general_cls(name),
             name=name,

@@ -39,7 +39,8 @@ REMAT_POLICIES: dict[str, Policy | None] = {
 }
 
 # The tensors of a block that a list may name.
-TENSOR_NAMES = (*_MLPERF, "ffn1", "ffn1_gate", "ffn2", "transformer_layer_out")
+TENSOR_NAMES = (*_MLPERF, "ffn1", "ffn1_gate", "ffn2", "expert_rows", "transformer_layer_out")
+EXPERT_ROWS = "expert_rows"  # what each expert was given
 HOST = "host:"  # before the name of a tensor that is kept in the memory of the host
 
 
@@ -101,6 +102,11 @@ def choice_of(text: str, layers: int) -> tuple[str, int]:
     return kind, count
 
 
-def _all_but_moved(primitive, *_, **__) -> bool:
-    """A policy that keeps what was computed, not what was only gathered or given another shape or name."""
+def _all_but_moved(primitive, *_, **options) -> bool:
+    """A policy that keeps what was computed, not what was only gathered or given another shape or name.
+
+    What experts were sent is kept, too: it would be sent twice.
+    """
+    if primitive.name == "name" and options["name"] == EXPERT_ROWS:
+        return True
     return primitive.name not in ("sharding_constraint", "name", "reshape", "transpose", "squeeze")

@@ -21,6 +21,7 @@ from paxlike.layers.dropout import Noise, current_noise, noise
 from paxlike.layers.remat import Policy, choice_of, keep_all, policy_of
 from paxlike.layers.sequence import Sequence
 from paxlike.ops import fp8
+from paxlike.ops.sown import SOWN
 
 PyTree = Any
 
@@ -125,7 +126,7 @@ class Stack(nn.Module):
             variable_axes={
                 "params": 0,
                 **({} if in_place else {"cache": 0}),
-                "losses": 0,
+                **dict.fromkeys(SOWN, 0),
                 "_overwrite_with_gradient": 0,
                 fp8.STATE: 0,
                 "intermediates": 0,
@@ -156,9 +157,12 @@ class Stack(nn.Module):
         period, *variables = self._layers_apart("CHECKPOINT_LAYERS")
         inside = dataclasses.replace(noise_, depth=0)
 
+        wanted = self._wanted()
+
         def layer(x, weights, history, index):
             with noise(_of_layer(inside, index)):
-                return period.apply({"params": weights, fp8.STATE: history}, x, sequence)
+                variables = {"params": weights, fp8.STATE: history}
+                return period.apply(variables, x, sequence, mutable=wanted)
 
         def loop(x, start, end, pattern):
             """Repeats from `start` to `end`, in groups that are treated as `pattern` says."""
@@ -169,20 +173,38 @@ class Stack(nn.Module):
             cut = lambda a: a[start:end].reshape(-1, len(kinds), *a.shape[1:])
 
             def group(x, of_group):
+                said = []
                 for number, one in enumerate(kinds):
-                    x = one(x, *jax.tree.map(lambda a, n=number: a[n], of_group))
-                return x, None
+                    x, more = one(x, *jax.tree.map(lambda a, n=number: a[n], of_group))
+                    said.append(more)
+                return x, jax.tree.map(lambda *parts: jnp.stack(parts), *said)
 
             xs = jax.tree.map(cut, (*variables, jnp.arange(self.repeats)))
             unroll = 1 if self.scan else (end - start) // len(kinds)
-            return jax.lax.scan(group, x, xs, unroll=unroll)[0]
+            x, said = jax.lax.scan(group, x, xs, unroll=unroll)
+            return x, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), said)
 
         again, kept = policy_of(self.remat), keep_all(self.scan)
         kind, count = choice_of(self.remat_layers, self.repeats)
         if kind == "every":
-            return loop(x, 0, self.repeats, [*[kept] * (count - 1), again])
-        x = loop(x, 0, count, [again])
-        return loop(x, count, self.repeats, [kept]) if count < self.repeats else x
+            x, said = loop(x, 0, self.repeats, [*[kept] * (count - 1), again])
+        else:
+            x, said = loop(x, 0, count, [again])
+            if count < self.repeats:
+                x, more = loop(x, count, self.repeats, [kept])
+                said = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), said, more)
+        self._say(said)
+        return x
+
+    def _wanted(self) -> list[str]:
+        """Collections that layers sow into and that the caller asks for."""
+        return [name for name in SOWN if self.is_mutable_collection(name)]
+
+    def _say(self, said: PyTree) -> None:
+        """Sows what the layers of all repeats have sown, stacked, as if they had done so in place."""
+        for collection, blocks in said.items():
+            for name, value in blocks.items():
+                self.scope.put_variable(collection, name, value)
 
     def _pipelined(self, x, sequence: Sequence, noise_: Noise, pipeline: Pipeline):
         """The repeats spread over the stages of the mesh."""
@@ -191,7 +213,7 @@ class Stack(nn.Module):
         of_rows = {"positions": sequence.positions, "segments": sequence.segments}
         extras = (of_rows, None if noise_.key is None else rows)
 
-        policy = self._policy()
+        policy, wanted = self._policy(), self._wanted()
 
         def stage(weights, history, first, x, extras):
             of_rows, rows = extras
@@ -202,16 +224,17 @@ class Stack(nn.Module):
                 weights, history, index = of_layer
                 x = checkpoint_name(x, parallel.LAYER_INPUT)
                 with noise(_of_layer(mine, index)):
-                    return period.apply({"params": weights, fp8.STATE: history}, x, own), None
+                    variables = {"params": weights, fp8.STATE: history}
+                    return period.apply(variables, x, own, mutable=wanted)
 
             if policy is not None and sequence.train:
                 layer = jax.checkpoint(layer, policy=policy, prevent_cse=not self.scan)
             count = jax.tree.leaves(weights)[0].shape[0]
             unroll = 1 if self.scan else count
             layers = (weights, history, first + jnp.arange(count))
-            return jax.lax.scan(layer, x, layers, unroll=unroll)[0]
+            return jax.lax.scan(layer, x, layers, unroll=unroll)
 
-        x = parallel.pipeline(
+        x, said = parallel.pipeline(
             stage,
             weights,
             x,
@@ -223,6 +246,7 @@ class Stack(nn.Module):
             observed=history,
             copies=fp8.copies,
         )
+        self._say(said)
         return parallel.shard(x, "batch", "residual_length", "act_embed")
 
 

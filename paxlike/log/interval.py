@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from paxlike.log.metric import Metric
 
@@ -74,12 +74,12 @@ class Interval:
         for metrics in jax.device_get(self._pending):
             for name, metric in metrics.items():
                 # Python floats: float32 sums over many steps would lose digits.
-                metric = Metric(float(metric.sum), float(metric.weight))
+                metric = Metric(_wide(metric.sum), float(metric.weight))
                 kept = self._merged.get(name)
                 # A step whose loss is not finite was skipped: it must not hide those around it.
-                if kept is None or not math.isfinite(kept.sum):
+                if kept is None or not np.all(np.isfinite(kept.sum)):
                     self._merged[name] = metric
-                elif math.isfinite(metric.sum):
+                elif np.all(np.isfinite(metric.sum)):
                     self._merged[name] = kept + metric
         self._pending = []
 
@@ -102,6 +102,11 @@ class Interval:
             if peak:
                 rates["mfu"] = flops_per_second / peak
         return rates
+
+
+def _wide(value: Any) -> Any:
+    """A Python float, or an array of them."""
+    return np.asarray(value, np.float64) if np.ndim(value) else float(value)
 
 
 def numbers(metrics: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float]]:

@@ -23,11 +23,14 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from paxlike.log.environment import describe_environment
+from paxlike.log.experts import TABLE, ExpertWatch, WatchOptions, is_table
 from paxlike.log.files import AppendFile, check_writable, to_jsonable
 from paxlike.log.history import METRICS_FILE, TRAIN, read_metrics
 from paxlike.log.interval import Interval, numbers
+from paxlike.log.metric import Metric
 from paxlike.log.progress import Progress, quantity
 from paxlike.log.tensorboard import EventFile, tag_of
 from paxlike.log.throughput import MFU_CONVENTION, memory_peak, peak_flops
@@ -53,6 +56,7 @@ class RunLog:
         num_devices: int | None = None,
         compute_dtype: Any = "bfloat16",
         peak_flops_per_device: float | None = None,
+        experts: WatchOptions | None = None,
     ):
         """Opens the log, appending to what an earlier start of the run wrote.
 
@@ -66,6 +70,7 @@ class RunLog:
             num_devices: devices that share the work; all of `jax.devices()` when None.
             compute_dtype: picks the peak rate of the chip table.
             peak_flops_per_device: FLOP/s; given, it takes the place of the chip table.
+            experts: when a router counts as collapsed; None: the default.
 
         Raises:
             ValueError: the folder cannot be written to, or the interval is not positive.
@@ -90,6 +95,7 @@ class RunLog:
         self._interval = Interval()
         self._tokens = 0  # tokens trained on since step 0, earlier starts included
         self._in_pause = False
+        self._experts = ExpertWatch(experts or WatchOptions())
 
     def __enter__(self) -> RunLog:
         return self
@@ -217,15 +223,31 @@ class RunLog:
 
     def _write_train_summary(self) -> None:
         interval = self._interval
-        values, weights = numbers(interval.merged())
+        merged = interval.merged()
+        tables = {name: merged.pop(name) for name in list(merged) if is_table(merged[name])}
+        values, weights = numbers(merged)
         speed = interval.speed(self._num_devices, self._peak)
         if self._tokens:
             speed["tokens"] = self._tokens
         speed |= memory_peak()
         pauses = {f"{kind}_seconds": round(s, 3) for kind, s in interval.paused.items()}
         fields = pauses | {"eta_seconds": self.progress.eta_seconds()}
+        if TABLE in tables:
+            fields |= self._watch_experts(interval.last_step, tables[TABLE], values)
         self._write_metrics(TRAIN, TRAIN, interval.last_step, values | speed, weights, fields)
         self._interval = Interval(start=time.monotonic(), recent_speed=speed)
+
+    def _watch_experts(
+        self, step: int, metric: Metric, values: Mapping[str, float]
+    ) -> dict[str, Any]:
+        """Shows what experts were given; returns it for the line of the summary."""
+        table = np.asarray(metric.sum) / metric.weight
+        for message in self._experts.add(table, values):
+            self.warning(message, step=step)
+        if self._tensorboard:
+            picture = self._experts.picture()
+            self._with_event_file(TRAIN, lambda file: file.image(step, TABLE, picture))
+        return {TABLE: np.round(table, 5).tolist()}
 
     def _write_metrics(
         self,

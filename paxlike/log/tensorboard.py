@@ -90,6 +90,15 @@ class EventFile:
         points = [summary_pb2.Summary.Value(tag=tag, simple_value=x) for tag, x in values.items()]
         self._write(event_pb2.Event(step=step, summary=summary_pb2.Summary(value=points)))
 
+    def image(self, step: int, tag: str, png: bytes) -> None:
+        """Writes a picture, an RGB PNG, under `tag`."""
+        width, height = struct.unpack(">II", png[16:24])
+        shown = summary_pb2.Summary.Image(
+            height=height, width=width, colorspace=3, encoded_image_string=png
+        )
+        value = summary_pb2.Summary.Value(tag=tag, image=shown)
+        self._write(event_pb2.Event(step=step, summary=summary_pb2.Summary(value=[value])))
+
     def text(self, tag: str, text: str, *, step: int = 0) -> None:
         """Writes `text` (Markdown) under `tag`, for TensorBoard's text page."""
         self._write(event_pb2.Event(step=step, summary=text_summary(tag, text)))

@@ -60,20 +60,24 @@ class Decoder(nn.Module):
 
     Attributes:
       embedding: token table; also the output layer unless `head` is given.
+      prefix: a stack in front of `stack`, where the first layers are of another kind; None for none.
       position: module called with `(x, positions)`, or None where the blocks know positions themselves.
       head: an `Embedding` of its own for the output layer (untied weights).
       embedding_dropout: on the sum of token and position.
       logit_cap: bound of the logits (Gemma 2), None for none.
+      logit_scale: factor of the logits (GLaM: 1 / sqrt(width)), None for 1.
       context: how attention works on rows that are spread over devices, see `parallel.Context`.
     """
 
     embedding: Embedding
     stack: nn.Module
     norm: nn.Module
+    prefix: nn.Module | None = None
     position: nn.Module | None = None
     head: Embedding | None = None
     embedding_dropout: float = 0.0
     logit_cap: float | None = None
+    logit_scale: float | None = None
     context: str = "ring"
 
     def setup(self):
@@ -130,7 +134,11 @@ class Decoder(nn.Module):
             x = parallel.shard(
                 self.dropout(x, train=train), "batch", "residual_length", "act_embed"
             )
+            if self.prefix is not None:
+                x = self.prefix(x, sequence)
             x = parallel.gather_length(self.norm(self.stack(x, sequence)))
+        if self.logit_scale is not None:
+            x = x * jnp.asarray(self.logit_scale, x.dtype)
         head = self.embedding if self.head is None else self.head
         x = parallel.shard(x, "batch", "length", "act_embed")
         return Output(x, head.table, self.logit_cap, context)

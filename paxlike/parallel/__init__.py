@@ -8,6 +8,15 @@ from paxlike.parallel.context import (
     gather_length,
     scatter_length,
 )
+from paxlike.parallel.experts import AXIS as EXPERT
+from paxlike.parallel.experts import (
+    check_experts,
+    expert_axes,
+    from_experts,
+    on_experts,
+    over_groups,
+    to_experts,
+)
 from paxlike.parallel.kernel import Kernel, kernel_init
 from paxlike.parallel.mesh import AXES, BATCH_AXES, Mesh
 from paxlike.parallel.pipeline import AXIS as PIPELINE_AXIS
@@ -25,6 +34,7 @@ from paxlike.parallel.rules import (
     activate,
     check_axes,
     check_divisible,
+    mesh_axes,
     named_sharding,
     num_shards,
     rules_with,
@@ -39,6 +49,7 @@ __all__ = [
     "AXES",
     "BATCH_AXES",
     "DEFAULT_RULES",
+    "EXPERT",
     "LAYER_INPUT",
     "PIPELINE_AXIS",
     "Context",
@@ -51,19 +62,26 @@ __all__ = [
     "check_axes",
     "check_current_length",
     "check_divisible",
+    "check_experts",
     "check_length",
     "check_pipeline",
     "current_context",
+    "expert_axes",
+    "from_experts",
     "gather_length",
     "kernel_init",
+    "mesh_axes",
     "named_sharding",
     "num_shards",
     "num_stages",
+    "on_experts",
+    "over_groups",
     "pipeline",
     "rules_with",
     "scatter_length",
     "shard",
     "spec",
+    "to_experts",
     "towards",
     "whole_rows",
     "without_pipeline",

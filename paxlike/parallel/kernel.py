@@ -26,16 +26,23 @@ class Kernel(nn.LogicallyPartitioned):
 
 
 def kernel_init(
-    init: Callable[..., jax.Array], names: tuple[str | None, ...], *, num_inputs: int
+    init: Callable[..., jax.Array],
+    names: tuple[str | None, ...],
+    *,
+    num_inputs: int,
+    num_stacked: int = 0,
 ) -> Callable[..., Any]:
-    """`init` whose array comes in a `Kernel` with these logical names, the first `num_inputs` of which are inputs."""
+    """`init` whose array comes in a `Kernel` with these logical names.
+
+    The first `num_stacked` of them count matrices (experts), the next `num_inputs` are inputs.
+    """
 
     def boxed(*args, **kwargs):
         return Kernel(
             init(*args, **kwargs),
             tuple(names),
             num_inputs=num_inputs,
-            num_outputs=len(names) - num_inputs,
+            num_outputs=len(names) - num_stacked - num_inputs,
         )
 
     return boxed

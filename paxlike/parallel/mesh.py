@@ -19,7 +19,7 @@ from jax.experimental import mesh_utils
 from paxlike import compat
 
 AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("pipeline", "data", "fsdp")  # over which the rows of a batch are spread
+BATCH_AXES = ("pipeline", "data", "fsdp", "expert")  # over which the rows of a batch are spread
 
 
 @dataclasses.dataclass(frozen=True)

@@ -73,7 +73,7 @@ def bubble(stages: int, microbatches: int, repeats: int = 1) -> float:
 
 
 def pipeline(
-    stage: Callable[[PyTree, PyTree, jax.Array, jax.Array, PyTree], jax.Array],
+    stage: Callable[[PyTree, PyTree, jax.Array, jax.Array, PyTree], tuple[jax.Array, PyTree]],
     weights: PyTree,
     x: jax.Array,
     extras: PyTree,
@@ -84,12 +84,13 @@ def pipeline(
     names: PyTree = None,
     observed: PyTree = None,
     copies: Callable[[PyTree, int], PyTree] | None = None,
-) -> jax.Array:
-    """`x` (b, ...) through all layers, b rows in `num_microbatches` parts.
+) -> tuple[jax.Array, PyTree]:
+    """`x` (b, ...) through all layers, b rows in `num_microbatches` parts, and what the layers said, by layer.
 
     Args:
-      stage: `(weights of some layers, observed of them, number of the first of them, x, extras) -> x` of one
-        microbatch.
+      stage: `(weights of some layers, observed of them, number of the first, x, extras) -> (x, said)` of one
+        microbatch; `said` is a tree of arrays whose first dimension counts these layers. The mean over microbatches
+        and batch shards is what comes out of the pipeline.
       weights: of all layers, stacked in a leading dimension that is spread over the axis; with `repeats` above 1 they
         change places once a step, so that what is stored, and saved, is in the order of the layers.
       extras: arrays of b rows that each stage needs beside `x` (positions, segments).
@@ -121,7 +122,7 @@ def pipeline(
     run = jax.shard_map(
         local,
         in_specs=(P(AXIS), P(AXIS), P(AXIS, by_hand), rows, rows),
-        out_specs=rows,
+        out_specs=(rows, P((AXIS, *by_hand))),
         axis_names={AXIS, *by_hand},
         check_vma=False,
     )
@@ -135,9 +136,17 @@ def pipeline(
         )
     at_each = lambda a: _copies(a, stages)
     # Each stage is told its number: an axis index cannot be lowered where other axes are the compiler's.
-    outputs = run(jnp.arange(stages), weights, observed, at_each(x), jax.tree.map(at_each, extras))
+    outputs, said = run(
+        jnp.arange(stages), weights, observed, at_each(x), jax.tree.map(at_each, extras)
+    )
+
+    def by_layer(a):
+        """(stages x shards, repeats, layers of a round, ...) -> (layers, ...)."""
+        a = jnp.mean(a.reshape(stages, -1, *a.shape[1:]), axis=1)
+        return a.swapaxes(0, 1).reshape(layers, *a.shape[3:])
+
     # Those of the last stage: the others are zero.
-    return jnp.sum(outputs, axis=0).reshape(x.shape)
+    return jnp.sum(outputs, axis=0).reshape(x.shape), jax.tree.map(by_layer, said)
 
 
 def _gathered(rows_over: tuple[str, ...], weight: jax.Array, names: tuple[str | None, ...]):
@@ -179,7 +188,7 @@ def _local(
     compute = jax.checkpoint(compute, policy=functools.partial(_keeps, policy), prevent_cse=False)
 
     def tick(carry, time_and_observed):
-        state, outputs = carry
+        state, outputs, said = carry
         time, observed = time_and_observed
         # What a stage sees while it has nothing to do does not count.
         working = (time >= me) & (time - me < num_microbatches * repeats)
@@ -194,19 +203,27 @@ def _local(
         extra = jax.tree.map(
             lambda a: jax.lax.dynamic_index_in_dim(a, which, keepdims=False), beside
         )
-        state = compute(rounds, observed, turn, (turn * stages + me) * per_round, state, extra)
+        state, more = compute(
+            rounds, observed, turn, (turn * stages + me) * per_round, state, extra
+        )
+        share = jnp.where(working, 1.0 / num_microbatches, 0.0)
+        said = jax.tree.map(lambda a, b: a.at[turn].add(share * b), said, more)
         done = (me == stages - 1) & (turn == repeats - 1) & (time >= me)
         before = jax.lax.dynamic_index_in_dim(outputs, which, keepdims=False)
         outputs = jax.lax.dynamic_update_index_in_dim(
             outputs, jnp.where(done, state, before), which, 0
         )
-        return (jax.lax.ppermute(state, AXIS, to_next), outputs), None
+        return (jax.lax.ppermute(state, AXIS, to_next), outputs, said), None
 
-    start = (jnp.zeros_like(inputs[0]), jnp.zeros_like(inputs))
+    first, seen = jax.tree.map(lambda a: a[0], ((inputs, beside), observed))
+    _, silent = jax.eval_shape(compute, rounds, seen, me, me, *first)
+    silent = jax.tree.map(lambda a: jnp.zeros((repeats, *a.shape), jnp.float32), silent)
+    start = (jnp.zeros_like(inputs[0]), jnp.zeros_like(inputs), silent)
     ticks = jnp.arange(num_microbatches * repeats + stages - 1)
-    (_, outputs), _ = jax.lax.scan(tick, start, (ticks, observed))
+    (_, outputs, said), _ = jax.lax.scan(tick, start, (ticks, observed))
     outputs = outputs.reshape(stages, mine, *outputs.shape[1:])
-    return jnp.moveaxis(outputs, 1, 2).reshape(x.shape)
+    outputs = jnp.moveaxis(outputs, 1, 2).reshape(x.shape)
+    return outputs, jax.tree.map(lambda a: a[None], said)
 
 
 def _keeps(policy, primitive, *operands, **options):

@@ -33,8 +33,10 @@ DEFAULT_RULES: Rules = {
     "norm": None,
     "position": None,
     "layers": "pipeline",
+    "expert": "expert",
+    "expert_embed": "fsdp",  # the width of expert weights; nothing where experts are over fsdp
     # activations
-    "batch": ("pipeline", "data", "fsdp"),
+    "batch": ("pipeline", "data", "fsdp", "expert"),
     "length": "context",
     "residual_length": "context",  # SEQUENCE_PARALLEL: over tensor too
     "act_embed": None,
@@ -42,7 +44,8 @@ DEFAULT_RULES: Rules = {
     "act_mlp": "tensor",
     "act_vocab": "tensor",
     "whole_heads": ("tensor", "context"),  # where rows are whole and heads spread instead
-    "batch_shards": ("context", "pipeline", "data", "fsdp"),  # of tokens, for the loss
+    # of tokens, for the loss and for groups of tokens that are routed apart
+    "batch_shards": ("context", "pipeline", "data", "fsdp", "expert"),
 }
 
 

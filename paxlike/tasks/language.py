@@ -11,8 +11,8 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from paxlike.log.metric import Metric
-from paxlike.ops import attention, cross_entropy
-from paxlike.tasks import choice
+from paxlike.ops import attention, cross_entropy, sown
+from paxlike.tasks import choice, experts
 from paxlike.tasks.task import Batch, Loss, Metrics, Variables
 
 
@@ -46,7 +46,7 @@ class CausalLanguage:
             **_layout(batch),
             train=True,
             rngs=rngs,
-            mutable=_mutable(variables),
+            mutable=[*_mutable(variables), *sown.SOWN],
         )
         total, parts = cross_entropy.linear_cross_entropy(
             output.hidden,
@@ -65,7 +65,15 @@ class CausalLanguage:
         }
         if self.z_loss:
             metrics["z_loss"] = Metric(self.z_loss * parts.z_loss, weight)
-        return Loss(total, metrics, collections)
+        collections = dict(collections)
+        losses, summaries, updates = (collections.pop(name, {}) for name in sown.SOWN)
+        if losses:
+            # The mean over the tokens is what the auxiliary losses are added to.
+            extra = sown.total(losses) * weight
+            total = total + extra
+            metrics["aux_loss"] = Metric(extra, weight)
+        metrics |= experts.metrics(summaries, weight)
+        return Loss(total, metrics, collections, updates)
 
     def evaluate(self, model: nn.Module, variables: Variables, batch: Batch) -> Metrics:
         """Loss and log-perplexity (nats per token), accuracy, bits per byte, and the measures of data sets that ask.

@@ -26,11 +26,13 @@ class Loss:
       objective: what is minimised, summed over the batch and not yet divided by the weight of the whole batch.
       metrics: sums and weights for the log.
       collections: new values of Flax collections other than the parameters, `{}` where there are none.
+      updates: what is added to parameters without a gradient, a part of their tree (`ops.sown`).
     """
 
     objective: Float[Array, ""]
     metrics: Metrics
     collections: Variables
+    updates: Variables = dataclasses.field(default_factory=dict)
 
 
 class Task(Protocol):

@@ -69,7 +69,7 @@ class TrainStep:
         """One step; a step whose gradient is not finite changes nothing but the counters."""
         # What is not trained is handed on as it is: it has no gradient, and is neither averaged nor compared.
         whole, state = state.params, state.replace(params=self.optimizer.select(state.params))
-        gradients, collections, metrics = self._gradients(state, whole, batch)
+        gradients, collections, metrics, moves = self._gradients(state, whole, batch)
         norm, param_norm = optax.tree.norm(gradients), optax.tree.norm(state.params)
         if self.update_shardings is not None:
             gradients = self._held(gradients, self.update_shardings)
@@ -84,6 +84,7 @@ class TrainStep:
             jax.tree.map(lambda g: g * factor, gradients), state.opt_state, state.params
         )
         params = jax.tree.map(lambda p, u: p - rate * u, state.params, directions)
+        params = _moved(params, moves)
         ema = self._average(state, params)
         accepted = self.optimizer.accepts(norm)
         proposed = TrainState(state.step, params, opt_state, collections, ema, state.skipped_steps)
@@ -100,7 +101,7 @@ class TrainStep:
         return dataclasses.replace(kept, step=state.step + 1, skipped_steps=skipped), metrics
 
     def _gradients(self, state: TrainState, whole, batch):
-        """Gradients of the mean loss for the part of the `whole` in `state`, new collections and summed metrics."""
+        """Gradients of the mean loss for the part of the `whole` in `state`, new collections, metrics and updates."""
         weight = self.task.weight(batch) + LOSS_EPSILON
         key = jax.random.fold_in(jax.random.key(self.seed), state.step)
         observed = {k: v for k, v in state.collections.items() if k in _OBSERVED}
@@ -118,24 +119,24 @@ class TrainStep:
             if self.shardings is not None:
                 gradients = self._held(gradients, self.shardings)
             kept = {k: v for k, v in loss.collections.items() if k not in _OBSERVED}
-            return gradients, seen, {**others, **kept}, loss.metrics
+            return gradients, seen, {**others, **kept}, loss.metrics, loss.updates
 
         if self.num_microbatches == 1:
-            gradients, seen, others, metrics = microbatch(batch, key, others)
-            return gradients, {**_overwritten(observed, seen), **others}, metrics
+            gradients, seen, others, *rest = microbatch(batch, key, others)
+            return gradients, {**_overwritten(observed, seen), **others}, *rest
 
         def accumulate(carry, part_and_index):
             (gradients, seen, others), (part, index) = carry, part_and_index
             # Each part starts from the scales of the step before; the largest of what they see counts.
-            more, new, others, metrics = microbatch(part, jax.random.fold_in(key, index), others)
+            more, new, others, *rest = microbatch(part, jax.random.fold_in(key, index), others)
             gradients = jax.tree.map(lambda a, g: a + g.astype(a.dtype), gradients, more)
-            return (gradients, jax.tree.map(jnp.maximum, seen, new), others), metrics
+            return (gradients, jax.tree.map(jnp.maximum, seen, new), others), rest
 
         nothing = jax.tree.map(lambda a: jnp.full_like(a, -jnp.inf), observed)
         dtype = jnp.dtype(self.accumulation_dtype)
         zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype), state.params)
         parts = _split(batch, self.num_microbatches)
-        carry, metrics = jax.lax.scan(
+        carry, (metrics, moves) = jax.lax.scan(
             accumulate, (zeros, nothing, others), (parts, jnp.arange(self.num_microbatches))
         )
         gradients, seen, others = carry
@@ -143,6 +144,7 @@ class TrainStep:
             jax.tree.map(lambda g: g.astype(jnp.float32), gradients),
             {**_overwritten(observed, seen), **others},
             self._of_all_parts(metrics),
+            jax.tree.map(lambda u: jnp.mean(u, axis=0), moves),
         )
 
     def _of_all_parts(self, metrics: dict[str, Any]) -> dict[str, Any]:
@@ -159,6 +161,20 @@ class TrainStep:
             return None
         decay = self.optimizer.ema_decay
         return jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, state.ema, params)
+
+
+def _moved(params, moves):
+    """`params` with `moves`, a part of their tree, added; what is not trained stays."""
+    if not isinstance(moves, Mapping):
+        return None if params is None else params + moves
+    return (
+        {
+            name: _moved(value, moves[name]) if name in moves else value
+            for name, value in params.items()
+        }
+        if moves
+        else params
+    )
 
 
 def _overwritten(observed: dict[str, Any], seen: dict[str, Any]) -> dict[str, Any]:

@@ -104,8 +104,8 @@ class _WatchedStep(TrainStep):
     """A training step whose metrics hold what its modules give and the gradients themselves."""
 
     def _gradients(self, state, whole, batch):
-        gradients, collections, metrics = super()._gradients(state, whole, batch)
-        return gradients, collections, {**metrics, _GRADIENTS: gradients}
+        gradients, collections, metrics, *rest = super()._gradients(state, whole, batch)
+        return gradients, collections, {**metrics, _GRADIENTS: gradients}, *rest
 
     def _of_all_parts(self, metrics):
         parts = dict(metrics)

@@ -2,7 +2,7 @@
 
 A row names a parameter, the tensor, and how one becomes the other. Everything else comes from the tree of abstract
 parameters: sizes, the number of layers, whether biases, norms of queries and keys, or an output table are there.
-Layer `l` is block `l % n` of repeat `l // n`, where a period has n blocks.
+Layer `l` is block `l % n` of repeat `l // n`, where a period has n blocks; the layers of a `prefix` come first.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 from paxlike.weights.rearrange import Rearrangement, Shape, rearrangement
 
 Origin = Literal["huggingface", "meta"]
-_BLOCK = re.compile(r"stack/period_(\d+)/(.+)")
+_BLOCK = re.compile(r"(prefix|stack)/period_(\d+)/(.+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +23,13 @@ class Row:
     """A parameter (inside a block, or of the model) and the tensor it is.
 
     Attributes:
-      parameter: path; that of a block without `stack/period_{j}/`.
-      tensor: name in Hugging Face's files, `{l}` the layer.
+      parameter: path; that of a block without `stack/period_{j}/` (or `prefix/...`).
+      tensor: name in Hugging Face's files, `{l}` the layer and `{e}` the expert, which are counted by the leading
+        dimensions of the parameter.
       layout: see `paxlike.weights.rearrange`.
       meta: name in Meta's files, None where Meta's models have no such tensor.
       offset: what their value is above ours.
+      copied: every expert is a copy of the one tensor.
     """
 
     parameter: str
@@ -35,6 +37,7 @@ class Row:
     layout: str
     meta: str | None = None
     offset: float = 0.0
+    copied: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +158,107 @@ class LlamaWeights:
     ignored: ClassVar[str] = r".*rotary_emb.*inv_freq|rope\.freqs"
     output: ClassVar[str] = "lm_head.weight"
     table: ClassVar[str] = "model.embed_tokens.weight"
+    # Parameters that have no tensor and start anew.
+    fresh: ClassVar[str | None] = None
+
+
+def _experts(tensor: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
+    """A router and its experts."""
+    return (
+        Row("ffn/router/kernel", f"{tensor}.gate.weight", "e d -> d e"),
+        Row("ffn/gate/kernel", f"{tensor}.experts.{{e}}.{gate}.weight", "f d -> d f"),
+        Row("ffn/ffn1/kernel", f"{tensor}.experts.{{e}}.{up}.weight", "f d -> d f"),
+        Row("ffn/ffn2/kernel", f"{tensor}.experts.{{e}}.{down}.weight", "d f -> f d"),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixtralWeights(LlamaWeights):
+    """Mixtral: LLaMA with experts in the place of its feed-forward layers."""
+
+    family: ClassVar[str] = "Mixtral"
+    rows: ClassVar[tuple[Row, ...]] = (
+        *_TABLES,
+        *_norms(mixer_norm="input_layernorm", ffn_norm="post_attention_layernorm"),
+        *_inside(_QKV_BLOCK, "model.layers.{l}.self_attn", "layers.{l}.attention"),
+        *_experts("model.layers.{l}.block_sparse_moe", "w1", "w3", "w2"),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QwenMoeWeights(LlamaWeights):
+    """Qwen3 with experts."""
+
+    family: ClassVar[str] = "Qwen3-MoE"
+    rows: ClassVar[tuple[Row, ...]] = (
+        *_TABLES,
+        *_norms(mixer_norm="input_layernorm", ffn_norm="post_attention_layernorm"),
+        *_inside(_QKV_BLOCK, "model.layers.{l}.self_attn", "layers.{l}.attention"),
+        *_experts("model.layers.{l}.mlp", "gate_proj", "up_proj", "down_proj"),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UpcycledWeights(LlamaWeights):
+    """A model with experts out of one without: every expert is a copy of the feed-forward layer, routers are new.
+
+    Komatsuzaki et al. 2022 (sparse upcycling). To be read only.
+    """
+
+    family: ClassVar[str] = "LLaMA (upcycled)"
+    rows: ClassVar[tuple[Row, ...]] = (
+        *_TABLES,
+        *_norms(mixer_norm="input_layernorm", ffn_norm="post_attention_layernorm"),
+        *_inside(_QKV_BLOCK, "model.layers.{l}.self_attn", "layers.{l}.attention"),
+        *(
+            dataclasses.replace(row, copied=True)
+            for row in _inside(_GATED_BLOCK[:3], "model.layers.{l}.mlp", "layers.{l}.feed_forward")
+        ),
+    )
+    fresh: ClassVar[str | None] = r".*/ffn/router/kernel"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeepSeekWeights(LlamaWeights):
+    """DeepSeek-V2 and V3: latent attention, shared experts, dense layers first."""
+
+    family: ClassVar[str] = "DeepSeek"
+    rows: ClassVar[tuple[Row, ...]] = (
+        *_TABLES,
+        *_norms(mixer_norm="input_layernorm", ffn_norm="post_attention_layernorm"),
+        *_inside(
+            (
+                Row("mixer/query/kernel", "q_proj.weight", "(h k) d -> d h k"),
+                Row("mixer/query_a/kernel", "q_a_proj.weight", "a d -> d a"),
+                Row("mixer/query_latent_norm/scale", "q_a_layernorm.weight", "a -> a"),
+                Row("mixer/query_b/kernel", "q_b_proj.weight", "(h k) a -> a h k"),
+                Row("mixer/key_a/kernel", "kv_a_proj_with_mqa.weight", "a d -> d a"),
+                Row("mixer/key_latent_norm/scale", "kv_a_layernorm.weight", "a -> a"),
+                Row("mixer/key_b/kernel", "kv_b_proj.weight", "(h k) a -> a h k"),
+                Row("mixer/out/kernel", "o_proj.weight", "d (h k) -> h k d"),
+            ),
+            "model.layers.{l}.self_attn",
+            "",
+        ),
+        *_inside(_GATED_BLOCK, "model.layers.{l}.mlp", ""),
+        *_experts("model.layers.{l}.mlp", "gate_proj", "up_proj", "down_proj"),
+        Row("ffn/choice_bias", "model.layers.{l}.mlp.gate.e_score_correction_bias", "e -> e"),
+        Row(
+            "ffn/shared/gate/kernel",
+            "model.layers.{l}.mlp.shared_experts.gate_proj.weight",
+            "f d -> d f",
+        ),
+        Row(
+            "ffn/shared/ffn1/kernel",
+            "model.layers.{l}.mlp.shared_experts.up_proj.weight",
+            "f d -> d f",
+        ),
+        Row(
+            "ffn/shared/ffn2/kernel",
+            "model.layers.{l}.mlp.shared_experts.down_proj.weight",
+            "d f -> f d",
+        ),
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -230,23 +334,40 @@ def plan(
 
     Raises `ValueError` in one line for a parameter that the family has no tensor for.
     """
-    period = len({match[1] for match in map(_BLOCK.fullmatch, shapes) if match})
-    return {
-        path: _pieces(description, path, tuple(shape), period, origin)
-        for path, shape in shapes.items()
+    blocks = {path: _BLOCK.fullmatch(path) for path in shapes}
+    period = {
+        stack: len({match[2] for match in blocks.values() if match and match[1] == stack})
+        for stack in ("prefix", "stack")
     }
+    first = max((shapes[p][0] for p, m in blocks.items() if m and m[1] == "prefix"), default=0)
+    start = {"prefix": 0, "stack": first * period["prefix"]}
+    found = {}
+    for path, shape in shapes.items():
+        match, numbers = blocks[path], None
+        if match:
+            numbers = (start[match[1]] + int(match[2]), period[match[1]])
+        inside = match[3] if match else path
+        found[path] = _pieces(description, path, inside, tuple(shape), numbers, origin)
+    return found
 
 
 def _pieces(
-    description: Description, path: str, shape: Shape, period: int, origin: Origin
+    description: Description,
+    path: str,
+    inside: str,
+    shape: Shape,
+    numbers: tuple[int, int] | None,
+    origin: Origin,
 ) -> list[Piece]:
-    block = _BLOCK.fullmatch(path)
-    inside = block[2] if block else path
+    """`numbers`: layer of the first repeat, and layers of a repeat; None where the parameter is in no block."""
     rows = [
         row
         for row in description.rows
-        if row.parameter == inside and ("{l}" in row.tensor) == bool(block)
+        if row.parameter == inside and ("{l}" in row.tensor) == bool(numbers)
     ]
+    if len({"{e}" in row.tensor for row in rows}) == 2:  # experts, or one layer of the same names
+        many = len(shape) == 4
+        rows = [row for row in rows if ("{e}" in row.tensor) == many]
     names = [row.tensor if origin == "huggingface" else row.meta for row in rows]
     if not rows or None in names:
         where = "Meta's LLaMA" if origin == "meta" else f"{description.family} of Hugging Face"
@@ -254,24 +375,20 @@ def _pieces(
             f"parameter {path} of shape {list(shape)} has no tensor in {where}: "
             "this model is of another family"
         )
-    if not block:
+    if numbers is None:
         return [
             _piece(description, path, shape, row, name, (), origin)
             for row, name in zip(rows, names)
         ]
-    return [
-        _piece(
-            description,
-            path,
-            shape,
-            row,
-            str(name).format(l=repeat * period + int(block[1])),
-            (repeat,),
-            origin,
-        )
-        for repeat in range(shape[0])
-        for row, name in zip(rows, names)
-    ]
+    pieces = []
+    for repeat in range(shape[0]):
+        layer = numbers[0] + repeat * numbers[1]
+        for row, name in zip(rows, names):
+            for expert in range(shape[1]) if "{e}" in row.tensor or row.copied else (None,):
+                lead = (repeat,) if expert is None else (repeat, expert)
+                tensor = str(name).format(l=layer, e=expert)
+                pieces.append(_piece(description, path, shape, row, tensor, lead, origin))
+    return pieces
 
 
 def _piece(

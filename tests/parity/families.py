@@ -10,7 +10,7 @@ import jax
 import torch
 import transformers
 
-from configs import llama
+from configs import deepseek, llama, mixtral
 from paxlike import parallel
 from paxlike.train.state import abstract_variables
 from paxlike.weights import import_params
@@ -40,6 +40,22 @@ FAMILIES: dict[str, tuple[type[llama.Llama], dict[str, Any]]] = {
         llama.Gemma3_12B,
         {"NUM_LAYERS": 6, "SLIDING_WINDOW": 7, "LOCAL_LAYERS_PER_GLOBAL": 2},
     ),
+    "mixtral": (mixtral.Mixtral8x7B, {"NUM_LAYERS": 3, "NUM_EXPERTS": 6}),
+    "qwen3-moe": (
+        mixtral.Qwen3_30B_A3B,
+        {"NUM_LAYERS": 3, "NUM_EXPERTS": 8, "NUM_EXPERTS_PER_TOKEN": 3, "EXPERT_HIDDEN_DIMS": 40},
+    ),
+    "deepseek-v3": (
+        deepseek.DeepSeekV3,
+        {"NUM_LAYERS": 3, "NUM_KV_HEADS": None, "FIRST_DENSE_LAYERS": 1, "QUERY_RANK": 20, "KEY_RANK": 24,
+         "DIMS_PER_HEAD": 20, "ROPE_DIMS_PER_HEAD": 8, "VALUE_DIMS_PER_HEAD": 16, "EXPERT_HIDDEN_DIMS": 40,
+         "NUM_EXPERTS": 8, "NUM_EXPERTS_PER_TOKEN": 3, "EXPERT_GROUPS": 4, "EXPERT_GROUPS_PER_TOKEN": 2},
+    ),
+    "deepseek-v2": (
+        deepseek.DeepSeekV2Lite,
+        {"NUM_LAYERS": 3, "NUM_KV_HEADS": None, "KEY_RANK": 24, "DIMS_PER_HEAD": 20, "ROPE_DIMS_PER_HEAD": 8,
+         "VALUE_DIMS_PER_HEAD": 16, "EXPERT_HIDDEN_DIMS": 40, "NUM_EXPERTS": 8, "NUM_EXPERTS_PER_TOKEN": 3},
+    ),
 }  # fmt: skip
 
 
@@ -67,6 +83,9 @@ def reference(small: llama.Llama, *, seed: int = 0) -> transformers.PreTrainedMo
         for name, parameter in model.named_parameters():
             gain = name.endswith("norm.weight") and not small.NORM_ZERO_CENTERED
             parameter.normal_(1.0 if gain else 0.0, 0.15, generator=generator)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(0.0, 0.3, generator=generator)
         if not small.SEPARATE_EMBEDDING:
             model.tie_weights()
     return model

@@ -70,7 +70,7 @@ def test_logits_equal_hugging_face(name, saved):
     np.testing.assert_allclose(logits, expected, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["llama3.1", "gemma2"])
+@pytest.mark.parametrize("name", ["llama3.1", "gemma2", "qwen3-moe"])
 def test_logits_on_a_mesh_equal_hugging_face(name, saved):
     theirs, folder, small = saved(name)
     expected = logits_of(theirs, np.tile(TOKENS[:, :32], (2, 1)))
@@ -103,7 +103,20 @@ def test_packed_documents_equal_each_document_alone(name, saved):
 
 
 @pytest.mark.parametrize(
-    "name", ["llama2", "llama3.1", "mistral", "qwen2.5", "qwen3", "gemma2", "gemma3"]
+    "name",
+    [
+        "llama2",
+        "llama3.1",
+        "mistral",
+        "qwen2.5",
+        "qwen3",
+        "gemma2",
+        "gemma3",
+        "mixtral",
+        "qwen3-moe",
+        "deepseek-v2",
+        "deepseek-v3",
+    ],
 )
 def test_greedy_generation_equals_hugging_face(name, saved):
     theirs, folder, small = saved(name)

@@ -1,0 +1,166 @@
+"""Rows in groups, each group times a matrix of its own: the product of experts without padding and without drops.
+
+`jax.lax.ragged_dot` says it in one operation. What a compiler makes of it differs: XLA multiplies every row with every
+matrix on a CPU, and on a GPU does so for the gradient of the matrices. There it is written as a loop over blocks of
+rows, so that neither time nor memory grows with the number of matrices.
+
+Shape legend: n rows, p inputs, q outputs, e matrices.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from paxlike.ops import platform
+
+_LARGEST_BLOCK = 256  # rows
+_SMALLEST_BLOCK = 8
+
+
+def grouped_matmul_reference(
+    x: Float[Array, "n p"], w: Float[Array, "e p q"], sizes: Int[Array, "e"]
+) -> Float[Array, "n q"]:
+    """`grouped_matmul` as one operation of jax."""
+    return jax.lax.ragged_dot(x, w, sizes)
+
+
+@jax.custom_vjp
+def grouped_matmul(
+    x: Float[Array, "n p"], w: Float[Array, "e p q"], sizes: Int[Array, "e"]
+) -> Float[Array, "n q"]:
+    """The first sizes[0] rows of x times w[0], the next sizes[1] times w[1], ...; 0 for rows beyond all groups."""
+    return _product(x, w, sizes)
+
+
+def _forward(x, w, sizes):
+    return _product(x, w, sizes), (x, w, sizes)
+
+
+def _backward(residuals, dy):
+    x, w, sizes = residuals
+    dy = dy.astype(x.dtype)
+    dx = _product(dy, w, sizes, transposed=True).astype(x.dtype)
+    return dx, _of_matrices(x, dy, sizes).astype(w.dtype), None
+
+
+grouped_matmul.defvjp(_forward, _backward)
+
+
+def _product(x, w, sizes, *, transposed: bool = False):
+    """Each group times its matrix, or times the transposed one."""
+    if platform.is_cpu():
+        return _product_in_blocks(x, w, sizes, transposed)
+    y = jax.lax.ragged_dot(x, w.swapaxes(1, 2) if transposed else w, sizes)
+    # What stands behind the last group is not the same in every implementation.
+    return jnp.where((jnp.arange(x.shape[0]) < jnp.sum(sizes))[:, None], y, 0)
+
+
+class _Blocks(NamedTuple):
+    """Blocks of rows, none of which has rows of two groups that count.
+
+    Attributes:
+      rows: of a block.
+      limit: how many blocks there can be.
+      used: how many there are.
+      group: of each block.
+      start: its first row.
+      left: rows of its group from there on; more than a block has, or fewer.
+    """
+
+    rows: int
+    limit: int
+    used: Int[Array, ""]
+    group: Int[Array, "limit"]
+    start: Int[Array, "limit"]
+    left: Int[Array, "limit"]
+
+
+def _blocks(n: int, sizes: Int[Array, "e"]) -> _Blocks:
+    e = sizes.shape[0]
+    rows = _SMALLEST_BLOCK
+    while rows < _LARGEST_BLOCK and rows * e < n:
+        rows *= 2
+    limit = n // rows + e
+    counts = -(-sizes // rows)
+    ends = jnp.cumsum(counts)
+    number = jnp.arange(limit)
+    group = jnp.minimum(jnp.sum(number[:, None] >= ends[None], axis=1), e - 1)
+    inside = number - (ends - counts)[group]
+    start = (jnp.cumsum(sizes) - sizes)[group] + inside * rows
+    left = jnp.where(number < ends[-1], sizes[group] - inside * rows, 0)
+    return _Blocks(rows, limit, ends[-1], group, jnp.where(left > 0, start, 0), left)
+
+
+def _product_in_blocks(x, w, sizes, transposed):
+    n, blocks = x.shape[0], _blocks(x.shape[0], sizes)
+    q = w.shape[1] if transposed else w.shape[2]
+    contraction = (((1,), (1 if transposed else 0,)), ((), ()))
+    padded = jnp.pad(x, ((0, blocks.rows), (0, 0)))
+
+    def body(i, y):
+        rows = jax.lax.dynamic_slice_in_dim(padded, blocks.start[i], blocks.rows)
+        matrix = jax.lax.dynamic_index_in_dim(w, blocks.group[i], keepdims=False)
+        part = jax.lax.dot_general(rows, matrix, contraction)
+        # What runs over into the next group is overwritten by that group's own blocks, which come later.
+        return jax.lax.dynamic_update_slice_in_dim(y, part, blocks.start[i], 0)
+
+    y = jnp.zeros((n + blocks.rows, q), x.dtype)
+    y = jax.lax.fori_loop(0, blocks.used, body, y)[:n]
+    return jnp.where((jnp.arange(n) < jnp.sum(sizes))[:, None], y, 0)
+
+
+def _of_matrices(x, dy, sizes) -> jax.Array:
+    """The gradient of the matrices, x^T dy of each group, in float32."""
+    blocks = _blocks(x.shape[0], sizes)
+    x, dy = (jnp.pad(a, ((0, blocks.rows), (0, 0))) for a in (x, dy))
+    contraction = (((0,), (0,)), ((), ()))
+
+    def body(i, dw):
+        start, group = blocks.start[i], blocks.group[i]
+        mine = (jnp.arange(blocks.rows) < blocks.left[i])[:, None]
+        rows = jnp.where(mine, jax.lax.dynamic_slice_in_dim(x, start, blocks.rows), 0)
+        other = jax.lax.dynamic_slice_in_dim(dy, start, blocks.rows)
+        part = jax.lax.dot_general(rows, other, contraction, preferred_element_type=jnp.float32)
+        before = jax.lax.dynamic_index_in_dim(dw, group, keepdims=False)
+        return jax.lax.dynamic_update_index_in_dim(dw, before + part, group, 0)
+
+    zeros = jnp.zeros((sizes.shape[0], x.shape[1], dy.shape[1]), jnp.float32)
+    # A GPU waits for the host to learn of a count that it computed: there the loop runs to its bound.
+    count = blocks.used if platform.is_cpu() else blocks.limit
+    return jax.lax.fori_loop(0, count, body, zeros)
+
+
+@jax.custom_vjp
+def fetch(
+    x: Float[Array, "n p"], source: Int[Array, "m"], readers: Int[Array, "n r"]
+) -> Float[Array, "m p"]:
+    """Row source[i] of x for each i, 0 where source[i] is n.
+
+    `readers` are the results that each row of x becomes, m for none: with them the gradient is a sum of rows that are
+    fetched, not a scatter.
+    """
+    return _rows(x, source)
+
+
+def _fetch_backward(residuals, dy):
+    readers = residuals
+    n, r = readers.shape
+    back = _rows(dy, readers.reshape(-1)).reshape(n, r, -1)
+    dx = jnp.sum(back.astype(jnp.float32), axis=1) if r > 1 else back[:, 0]
+    return dx.astype(dy.dtype), None, None
+
+
+fetch.defvjp(
+    lambda x, source, readers: (_rows(x, source), readers),
+    _fetch_backward,
+)
+
+
+def _rows(x, index):
+    n = x.shape[0]
+    there = (index < n)[:, None]
+    return jnp.where(there, jnp.take(x, jnp.minimum(index, n - 1), axis=0, mode="clip"), 0)

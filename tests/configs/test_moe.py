@@ -1,0 +1,110 @@
+"""Configs with experts: published sizes, Pax's numbers, golden trees, wrong knobs."""
+
+import pathlib
+
+import fiddle as fdl
+import pytest
+
+from configs import flags, glam, mixtral
+from paxlike.ops.routing import capacity
+from paxlike.train.state import num_parameters
+from tests.configs.golden_files import compare, tree_of_parameters, variables
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+ONE = {"ICI_MESH_SHAPE": (1, 1, 1), "DCN_MESH_SHAPE": (1, 1, 1)}
+# Of GLaM: Pax's, 1.922 B and 1.143 T; of the others as published, counted from the shapes.
+SIZES = {
+    "PileGLaM126M64E": 1_921_670_400,
+    "PileGLaM64B64E": 1_142_891_356_160,
+    "Mixtral8x7B": 46_702_792_704,
+    "Mixtral8x22B": 140_620_634_112,
+    "Qwen3_30B_A3B": 30_532_122_624,
+    "Qwen3_235B_A22B": 235_093_634_560,
+}
+
+
+def config(name, **changes):
+    return getattr(glam if "GLaM" in name else mixtral, name)(**changes)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_parameter_counts_are_exact(name):
+    assert num_parameters(variables(config(name))["params"]) == SIZES[name]
+
+
+@pytest.mark.parametrize("name", ["PileGLaM126M64E", "PileGLaM64B64E", "Mixtral8x7B"])
+def test_golden(name, request):
+    compare(GOLDEN / f"{name}.txt", flags.flat_text(config(name).experiment()) + "\n", request)
+    compare(GOLDEN / f"{name}.params.txt", tree_of_parameters(config(name)), request)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "group", "places", "weight"),
+    [
+        ("PileGLaM126M64E", {"PERCORE_BATCH_SIZE": 4}, 8192, 256, 0.01 / 6),
+        ("PileGLaM126M64E", {}, 16384, 512, 0.01 / 6),
+        ("PileGLaM64B64E", {"MAX_SEQ_LEN": 1024}, 32768, 1024, 0.01 / 32),
+    ],
+)
+def test_groups_capacity_and_weight_are_those_of_pax(name, changes, group, places, weight):
+    experts, dense = config(name, **changes).experiment().model.stack.period
+    router = fdl.build(experts.ffn.router)
+    assert router.group_size == group
+    assert capacity(group, 64, router.capacity_factor) == places
+    assert router.balance_weight == pytest.approx(weight, rel=1e-12)
+    assert (experts.ffn.gated, experts.ffn.activation) == (False, "relu")
+    assert (dense.ffn.gated, dense.ffn.activation) == (True, "gelu")
+
+
+@pytest.mark.parametrize("name", ["SyntheticGLaM126M64E", "LambadaGLaM64B64E"])
+def test_the_others_differ_in_data_alone(name):
+    base = "PileGLaM126M64E" if "126M" in name else "PileGLaM64B64E"
+    model = lambda of: flags.flat_text(config(of, **ONE).experiment().model)
+    assert model(name) == model(base)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("Mixtral8x7B", {"NUM_EXPERTS_PER_TOKEN": 9}, "NUM_EXPERTS_PER_TOKEN=9 is not between 1 a"),
+        ("Mixtral8x7B", {"NUM_EXPERTS": 0}, "NUM_EXPERTS=0 must be at least 1"),
+        (
+            "PileGLaM126M64E",
+            {"NUM_EXPERTS": 48},
+            r"NUM_EXPERTS=48 does not divide over fsdp = 64; use 48 devices there, or a multiple of 64",
+        ),
+        (
+            "PileGLaM126M64E",
+            {"EXPERT_CAPACITY_FACTOR": 0.001},
+            r"EXPERT_CAPACITY_FACTOR=0.001 x 16384 .* less than one token",
+        ),
+        (
+            "PileGLaM126M64E",
+            {"MOE_GROUPS": 100},
+            "MOE_GROUPS=100 does not divide the batch of 512 rows x 2048 tokens",
+        ),
+        ("PileGLaM126M64E", {"NUM_LAYERS": 3}, "NUM_LAYERS=3 is odd"),
+        (
+            "PileGLaM126M64E",
+            {"EXPERT_AXES": ("tensor",)},
+            "EXPERT_AXES=.'tensor'.: experts go over",
+        ),
+        ("Mixtral8x7B", {"EXPERT_GROUPS": 3}, "NUM_EXPERTS=8 is not a multiple of EXPERT_GROUPS=3"),
+        ("Mixtral8x7B", {"MOE_DISPATCH": "einsum"}, "no effect without EXPERT_CAPACITY_FACTOR"),
+        ("Mixtral8x7B", {"ROUTER": "experts"}, "need an EXPERT_CAPACITY_FACTOR"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line(name, changes, message):
+    with pytest.raises(ValueError, match=message) as error:
+        config(name, **changes).experiment()
+    assert "\n" not in str(error.value).split("\n\nFiddle context")[0]
+
+
+@pytest.mark.parametrize(("target", "adapted"), [("attention", False), ("mlp", True)])
+def test_adapters_on_experts_or_on_attention_only(target, adapted):
+    changes = {"USE_LORA": True, "LORA_TARGET_LAYERS": target, "NUM_LAYERS": 2}
+    tree = variables(config("Mixtral8x7B", **changes))["params"]["stack"]["period_0"]
+    assert ("lora" in tree["ffn"]["gate"]) == adapted
+    assert ("lora" in tree["mixer"]["query"]) != adapted
+    if adapted:
+        assert tree["ffn"]["ffn2"]["lora"]["a"].shape == (2, 8, 14336, 8)

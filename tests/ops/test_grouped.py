@@ -1,0 +1,112 @@
+"""Products of rows in groups: against one product a group, and what they take."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from paxlike.log.flops import matmul_flops
+from paxlike.ops.grouped import fetch, grouped_matmul, grouped_matmul_reference
+from paxlike.ops.platform import Hardware, traced_for
+
+SIZES = {
+    "even": [5, 5, 5, 5],
+    "uneven": [0, 13, 1, 6],
+    "one takes all": [0, 0, 20, 0],
+    "none": [0, 0, 0, 0],
+    "rows beyond": [3, 0, 4, 2],
+    "more than a block": [0, 60, 1, 39],
+}
+
+
+def operands(rows=20, p=6, q=4, e=4, seed=0):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    shapes = ((rows, p), (e, p, q), (rows, q))
+    return [jax.random.normal(k, s) for k, s in zip(keys, shapes)]
+
+
+@pytest.mark.parametrize("hardware", [None, Hardware("cuda", 9.0)], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("name", SIZES)
+def test_values_and_gradients_equal_one_product_a_group(name, hardware):
+    sizes = SIZES[name]
+    x, w, dy = operands(rows=max(20, sum(sizes)))
+    ends = np.cumsum(sizes)
+
+    def naive(x, w):
+        parts = [x[end - n : end] @ w[i] for i, (n, end) in enumerate(zip(sizes, ends))]
+        left = jnp.zeros((x.shape[0] - ends[-1], w.shape[2]))
+        return jnp.concatenate([*parts, left])
+
+    def ours(x, w):
+        if hardware is None:
+            return grouped_matmul(x, w, jnp.asarray(sizes))
+        with traced_for(hardware):
+            return grouped_matmul(x, w, jnp.asarray(sizes))
+
+    def results(function):
+        def both(x, w):
+            y, pull = jax.vjp(function, x, w)
+            if hardware is None:
+                return y, pull(dy)
+            with traced_for(hardware):
+                return y, pull(dy)
+
+        return jax.jit(both)(x, w)
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+        results(ours),
+        results(naive),
+    )
+
+
+def taken(function, e):
+    """Bytes and dense FLOPs of the backward pass for 512 rows and e matrices of 64 x 64."""
+    x, w, dy = operands(512, 64, 64, e)
+    sizes = jnp.full((e,), 512 // e)
+
+    def both(x, w, sizes, dy):
+        return jax.vjp(lambda x, w: function(x, w, sizes), x, w)[1](dy)
+
+    return jax.jit(both).lower(x, w, sizes, dy).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_the_backward_pass_makes_no_product_with_every_matrix():
+    rows, matrix = 512 * 64 * 4, 64 * 64 * 4
+    few, many = taken(grouped_matmul, 4), taken(grouped_matmul, 64)
+    # Some copies of rows and matrices; one array of rows for each matrix would be 64 x 131 KB.
+    assert many < 10 * rows + 3 * 64 * matrix
+    assert many - few < 3 * 60 * matrix + rows
+    # What this is a test against: jax's own derivative on a CPU.
+    assert taken(grouped_matmul_reference, 64) > 4 * many
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_elsewhere_the_gradient_of_the_matrices_is_a_loop_over_blocks(platform):
+    x, w, dy = operands(512, 64, 64, 16)
+    sizes = jnp.full((16,), 32)
+    with traced_for(Hardware(platform)):
+        backward = lambda x, w, dy: jax.vjp(lambda w: grouped_matmul(x, w, sizes), w)[1](dy)
+        flops = matmul_flops(backward, x, w, dy)
+    once = 2 * 512 * 64 * 64
+    assert once <= flops - once <= 3.1 * once  # forward, and blocks that are not full; 16 if dense
+
+
+def test_fetch_and_its_gradient():
+    x = jnp.arange(12.0).reshape(4, 3)
+    source, readers = jnp.array([2, 4, 0, 2]), jnp.array([[2, 4], [4, 4], [0, 3], [4, 4]])
+    y, pull = jax.vjp(lambda x: fetch(x, source, readers), x)
+    np.testing.assert_array_equal(y, np.stack([x[2], 0 * x[0], x[0], x[2]]))
+    dy = jnp.arange(12.0).reshape(4, 3) + 1.0
+    np.testing.assert_array_equal(
+        pull(dy)[0], np.stack([dy[2], 0 * dy[0], dy[0] + dy[3], 0 * dy[0]])
+    )
+
+
+def test_only_matrices_that_have_rows_are_read():
+    from paxlike.ops.grouped import _blocks
+
+    sizes = jnp.zeros(64, jnp.int32).at[jnp.array([3, 40])].set(2)
+    blocks = _blocks(4, sizes)
+    assert int(blocks.used) == 2
+    assert blocks.group[:2].tolist() == [3, 40]
