@@ -304,6 +304,7 @@ _PURE = ("jax.nn.", "jax._src.nn.", "flax.linen.", "optax.")
 _NAMES = {
     ("jax.nn.initializers", "normal"),
     ("paxlike.data.open_tokenizer", "open_tokenizer"),
+    ("paxlike.parallel.rules", "rules_with"),
 }
 
 
