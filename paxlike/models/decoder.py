@@ -60,25 +60,25 @@ class Decoder(nn.Module):
 
     Attributes:
       embedding: token table; also the output layer unless `head` is given.
-      prefix: a stack in front of `stack`, where the first layers are of another kind; None for none.
       position: module called with `(x, positions)`, or None where the blocks know positions themselves.
       head: an `Embedding` of its own for the output layer (untied weights).
       embedding_dropout: on the sum of token and position.
       logit_cap: bound of the logits (Gemma 2), None for none.
       logit_scale: factor of the logits (GLaM: 1 / sqrt(width)), None for 1.
       context: how attention works on rows that are spread over devices, see `parallel.Context`.
+      prefix: a stack in front of `stack`, where the first layers are of another kind; None for none.
     """
 
     embedding: Embedding
     stack: nn.Module
     norm: nn.Module
-    prefix: nn.Module | None = None
     position: nn.Module | None = None
     head: Embedding | None = None
     embedding_dropout: float = 0.0
     logit_cap: float | None = None
     logit_scale: float | None = None
     context: str = "ring"
+    prefix: nn.Module | None = None
 
     def setup(self):
         self.dropout = Dropout(self.embedding_dropout)

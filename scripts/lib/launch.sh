@@ -50,7 +50,7 @@ log_of_process() { # FOLDER NAME
 # Run main.py, its output also in LOG, and return its own status. SIGTERM, SIGUSR1 and Ctrl-C reach it
 # as SIGTERM, on which it saves a checkpoint; tee outlives it, so that its last lines are not lost.
 launch() { # LOG [main.py arguments]
-    local log=$1 notes waiter tee_pid status
+    local log=$1 notes waiter="" interrupted="" tee_pid status
     shift
     if [[ -n ${DRY_RUN:-} ]]; then
         print_environment
@@ -60,13 +60,15 @@ launch() { # LOG [main.py arguments]
     fi
     (mkdir -p "$(dirname "$log")" && touch "$log") 2> /dev/null || die "cannot write $log"
     notes=$(mktemp -d) || die "cannot make a temporary folder: TMPDIR=${TMPDIR:-/tmp}"
+    # Before anything starts: without it a signal now would end this script and leave main.py alone.
+    trap 'interrupted=1; kill -TERM $waiter 2> /dev/null || true' TERM INT USR1
     exec 3> >(trap '' TERM INT USR1; exec tee -a "$log")
     tee_pid=$!
     "$PYTHON" "$root/scripts/lib/note_status.py" "$notes/status" \
         "$PYTHON" "$root/main.py" "$@" >&3 2>&1 3>&- &
     waiter=$!
     exec 3>&-
-    trap 'kill -TERM "$waiter" 2> /dev/null || true' TERM INT USR1
+    if [[ -n $interrupted ]]; then kill -TERM "$waiter" 2> /dev/null || true; fi
     while kill -0 "$waiter" 2> /dev/null; do wait "$waiter" || true; done # a signal ends `wait`
     trap - TERM INT USR1
     status=$(cat "$notes/status" 2> /dev/null || echo 255) # 255: the waiter was killed

@@ -147,15 +147,15 @@ def test_what_does_not_divide_is_named_with_a_size_that_fits():
             r"nothing is spread over the axis 'replica' of size 2 \(did you mean data\?\)",
         ),
         (
-            {"data": 2, "expert": 2},
-            "'expert' of size 2; the axes are context, data, fsdp, pipeline, tensor",
+            {"data": 2, "vocab": 2},
+            "'vocab' of size 2; the axes are context, data, expert, fsdp, pipeline, tensor",
         ),
     ],
 )
 def test_an_axis_that_nothing_is_spread_over_is_refused(sizes, message):
     with pytest.raises(ValueError, match=message):
         parallel.check_axes(sizes)
-    parallel.check_axes({"data": 2, "expert": 1})
+    parallel.check_axes({"data": 2, "expert": 2, "vocab": 1})
 
 
 def test_axes_move_one_by_one_to_the_dimension_that_counts_parts():
