@@ -35,7 +35,7 @@ from configs import flags  # noqa: E402
 from paxlike import parallel  # noqa: E402
 from paxlike.plan import planner  # noqa: E402
 from paxlike.plan.chips import CHIPS  # noqa: E402
-from paxlike.train.loop import state_factory  # noqa: E402
+from paxlike.train.program import state_factory  # noqa: E402
 
 MODEL = {
     "NUM_LAYERS": 4,

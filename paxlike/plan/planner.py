@@ -1,6 +1,6 @@
 """Compiles the training step of an experiment for devices that need not exist, and says what it would take.
 
-The program is the one that a run compiles (`paxlike.train.loop.jit_step`), on the mesh of the config. No array is made
+The program is the one that a run compiles (`paxlike.train.program.jit_step`), on the mesh of the config. No array is made
 and no data is read: the step is traced on shapes.
 """
 
@@ -23,7 +23,7 @@ from paxlike.ops import platform
 from paxlike.plan import fp8, hlo, target
 from paxlike.plan.chips import ASSUMED, USABLE_MEMORY, Chip, Efficiency
 from paxlike.plan.timeline import Estimate, estimate
-from paxlike.train.loop import batch_spec, jit_step, model_flops, state_factory
+from paxlike.train.program import batch_spec, jit_step, model_flops, state_factory
 from paxlike.train.state import num_parameters
 
 if TYPE_CHECKING:

@@ -27,8 +27,8 @@ from paxlike.plan.chips import ASSUMED, USABLE_MEMORY, Chip
 from paxlike.plan.hlo import Collective
 from paxlike.plan.planner import Plan
 from paxlike.plan.timeline import collective_seconds
-from paxlike.train.loop import batch_spec, state_factory
 from paxlike.train.matrices import is_box
+from paxlike.train.program import batch_spec, state_factory
 
 if TYPE_CHECKING:
     from paxlike.experiment import Experiment

@@ -28,16 +28,16 @@ from paxlike.checkpoint import (
 from paxlike.cluster import Deadline, Job, Watchdog
 from paxlike.evaluate import Evaluator, Interrupted, make_evaluators
 from paxlike.log import goodput
-from paxlike.log.flops import train_flops
 from paxlike.log.metric import Metric
 from paxlike.log.profiler import Profiler
 from paxlike.log.run_log import RunLog
 from paxlike.train.best import Best
 from paxlike.train.optimizer import merge
+from paxlike.train.program import batch_spec, jit_step, model_flops, state_factory
 from paxlike.train.ramp import Feed
 from paxlike.train.recorder import Origin, Recorder
-from paxlike.train.state import StateFactory, TrainState, num_parameters, replicated
-from paxlike.train.step import TrainStep
+from paxlike.train.saved import data_position, saved_part, saves_trained_only, with_frozen
+from paxlike.train.state import TrainState, num_parameters
 
 if TYPE_CHECKING:
     from paxlike.experiment import Experiment
@@ -456,95 +456,6 @@ class _Run:
                 step=done,
                 stall_seconds=round(checkpointer.last_stall_seconds, 4),
             )
-
-
-def saves_trained_only(experiment: Experiment) -> bool:
-    """Whether frozen weights stay where they were read, and checkpoints hold the trained part alone."""
-    return experiment.optimizer.trainable is not None and experiment.initial_weights is not None
-
-
-def saved_part(experiment: Experiment, state: TrainState) -> TrainState:
-    """What of the state, or of its abstract form, is in a checkpoint."""
-    if not saves_trained_only(experiment):
-        return state
-    return state.replace(params=experiment.optimizer.select(state.params))
-
-
-def with_frozen(experiment: Experiment, abstract: TrainState, state: TrainState) -> TrainState:
-    """The state of a checkpoint with the frozen weights that it does not hold."""
-    if not saves_trained_only(experiment):
-        return state
-    whole = experiment.read_initial_params(abstract.params, abstract.params)
-    return state.replace(params=merge(state.params, whole))
-
-
-def data_position(experiment: Experiment, directory: Path, saved: Mapping[str, Any]) -> int:
-    """Number of the row to go on with; ValueError where the data is not what the checkpoint was made with."""
-    here = experiment.train_data.fingerprint()
-    changed = [name for name in here if here[name] != saved["fingerprint"].get(name)]
-    if changed:
-        name = changed[0]
-        raise ValueError(
-            f"the training data is not that of the checkpoint in {directory}: {name} was "
-            f"{saved['fingerprint'].get(name)} and is {here[name]}; go on with the same data, or start another "
-            f"job_log_dir from these weights with CHECKPOINT_RESTORE_PATH={directory}"
-        )
-    return saved["rows"]
-
-
-def state_factory(
-    experiment: Experiment, spec: Mapping[str, jax.ShapeDtypeStruct], mesh: jax.sharding.Mesh
-) -> StateFactory:
-    """What makes the states of a run, for batches of `spec` on `mesh`."""
-    return StateFactory(
-        experiment.model,
-        experiment.optimizer,
-        spec,
-        mesh,
-        rules=experiment.zero.state_rules(experiment.rules),
-        gradient_rules=experiment.zero.gradient_rules(experiment.rules),
-        offload=experiment.offload_optimizer_state,
-    )
-
-
-def jit_step(experiment: Experiment, factory: StateFactory):
-    """The training step, jitted: `lower(abstract, spec)` is the one program that runs train and that plans compile."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, factory.abstract())
-    step = TrainStep.of(factory, experiment.task, **step_options(experiment))
-
-    def train_step(state, batch):  # its name is that of the program in profiles and dumps
-        return step(state, batch)
-
-    place = (shardings, replicated(factory.mesh))
-    return jax.jit(train_step, donate_argnums=0, out_shardings=place)
-
-
-def step_options(experiment: Experiment) -> dict[str, Any]:
-    """Those of `TrainStep.of`."""
-    return {
-        "num_microbatches": experiment.num_accumulated,
-        "seed": experiment.seed,
-        "accumulation_dtype": experiment.accumulation_dtype,
-    }
-
-
-def model_flops(experiment: Experiment, abstract: TrainState, spec: Mapping[str, Any]) -> int:
-    """FLOPs that a step needs, of all devices together; see `paxlike.log.flops`."""
-    model, task = experiment.model, experiment.task
-    variables = {"params": abstract.params, **abstract.collections}
-    with parallel.without_pipeline():
-        return train_flops(lambda v, b: task.forward(model, v, b), variables, spec)
-
-
-def batch_spec(spec: Mapping[str, jax.ShapeDtypeStruct], mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of a batch with their shardings: rows over the data and fsdp axes."""
-    names = ("batch", "length")
-    return {
-        name: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=parallel.named_sharding(mesh, names[: len(leaf.shape)])
-        )
-        for name, leaf in spec.items()
-    }
 
 
 def _max_in_flight() -> int:

@@ -18,7 +18,7 @@ import numpy as np
 from paxlike import parallel
 from paxlike.checkpoint import Checkpointer
 from paxlike.log.progress import Progress
-from paxlike.train import loop, recorder
+from paxlike.train import program, recorder, saved
 from paxlike.train.findings import Result, Seen, module_rows, parameter_rows
 from paxlike.train.ramp import Feed
 from paxlike.train.state import StateFactory, TrainState
@@ -55,11 +55,11 @@ def replay(experiment: Experiment, job_log_dir: str, *, step: int | None = None)
                 f"step {number} cannot be replayed: {checkpoints.folder} has no checkpoint of an earlier step"
             )
         spec = experiment.train_data.spec(experiment.global_batch_size)
-        factory = loop.state_factory(experiment, spec, mesh)
+        factory = program.state_factory(experiment, spec, mesh)
         abstract = factory.abstract()
-        restored = checkpoints.restore(loop.saved_part(experiment, abstract), step=start)
-        state = loop.with_frozen(experiment, abstract, restored.state)
-        first_row = loop.data_position(experiment, directory, restored.data)
+        restored = checkpoints.restore(saved.saved_part(experiment, abstract), step=start)
+        state = saved.with_frozen(experiment, abstract, restored.state)
+        first_row = saved.data_position(experiment, directory, restored.data)
         _check_rows(experiment, spike, start, first_row)
         batches = Feed(
             experiment.train_data,
@@ -141,7 +141,7 @@ def _steps(
     bar = Progress(len(numbers), description="replay", enabled=jax.process_index() == 0)
     for done in numbers:
         rows = batches.size
-        spec = loop.batch_spec(experiment.train_data.spec(rows), factory.mesh)
+        spec = program.batch_spec(experiment.train_data.spec(rows), factory.mesh)
         batch = next(batches)
         if done == number:
             _check_batch(batch, recorded)
@@ -151,7 +151,7 @@ def _steps(
             watch = watches[rows]
             before, now = now, watch(state, batch)
         if rows not in programs:
-            programs[rows] = loop.jit_step(experiment, factory).lower(abstract, spec).compile()
+            programs[rows] = program.jit_step(experiment, factory).lower(abstract, spec).compile()
         state, metrics = programs[rows](state, batch)
         jax.block_until_ready(metrics)
         bar.update(done - numbers[0] + 1)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from paxlike import parallel
-from paxlike.train import loop
+from paxlike.train import program
 from paxlike.train.matrices import is_box, named
 from paxlike.train.state import StateFactory, TrainState, replicated
 from paxlike.train.step import TrainStep
@@ -32,7 +32,7 @@ class Watch:
 
     def __init__(self, experiment: Experiment, factory: StateFactory, abstract, spec):
         task = _WatchedTask(experiment.task, [])
-        step = _WatchedStep.of(factory, task, **loop.step_options(experiment))
+        step = _WatchedStep.of(factory, task, **program.step_options(experiment))
         boxes = named(factory.boxed().params)
         # Arrays of a stack have the layers in front.
         stacked = {

@@ -23,7 +23,7 @@ from paxlike import parallel, xla_bundles, xla_flags
 from paxlike.log.throughput import MFU_CONVENTION, peak_flops
 from paxlike.plan import planner, target
 from paxlike.plan.chips import find_chip
-from paxlike.train.loop import batch_spec, jit_step, model_flops, state_factory
+from paxlike.train.program import batch_spec, jit_step, model_flops, state_factory
 
 H100 = find_chip("h100")
 _CHECKED = "PAXLIKE_SUITE_CHECKS"

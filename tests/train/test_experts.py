@@ -138,7 +138,7 @@ def test_generating_with_a_cache_equals_the_whole_row(scan):
 
 
 def test_flops_count_the_experts_that_work():
-    from paxlike.train.loop import model_flops
+    from paxlike.train.program import model_flops
     from paxlike.train.state import StateFactory
 
     def flops(**changes):

@@ -9,7 +9,7 @@ import pytest
 
 from paxlike import parallel
 from paxlike.checkpoint import Checkpointer
-from paxlike.train import findings, loop
+from paxlike.train import findings, program
 from tests.train.odd_run import experiment, one_device
 
 
@@ -94,7 +94,7 @@ def restored(run, directory, step, *, first_row):
     run = run.on_these_devices()
     mesh = run.mesh.build()
     with parallel.activate(mesh, run.training_rules):
-        factory = loop.state_factory(run, run.train_data.spec(run.global_batch_size), mesh)
+        factory = program.state_factory(run, run.train_data.spec(run.global_batch_size), mesh)
         with Checkpointer(directory, read_only=True) as checkpoints:
             state = checkpoints.restore(factory.abstract(), step=step).state
     with run.train_data.batches(global_batch=run.global_batch_size, first_row=first_row) as batches:
@@ -106,7 +106,7 @@ def plant(run, directory, module, size):
     run = run.on_these_devices()
     mesh = run.mesh.build()
     with parallel.activate(mesh, run.training_rules):
-        factory = loop.state_factory(run, run.train_data.spec(run.global_batch_size), mesh)
+        factory = program.state_factory(run, run.train_data.spec(run.global_batch_size), mesh)
         state = factory.initialize(run.seed)
         node = state.params["stack"]["period_0"]
         *path, last = module.split("/")
