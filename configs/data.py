@@ -161,6 +161,14 @@ class DataKnobs(Knobs):
         )
 
 
+class EvaluatesOnly(Knobs, abstract=True):
+    """A config that does not train."""
+
+    def train_data(self) -> None:
+        """Nothing."""
+        return None
+
+
 class SyntheticData(Knobs, abstract=True):
     """Synthetic data."""
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import fiddle as fdl
 from flax import linen as nn
 
-from configs.data import SyntheticData
+from configs.data import EvaluatesOnly, SyntheticData
 from configs.moe import MoEKnobs
 from paxlike.layers.attention import Attention
 from paxlike.layers.block import Block
@@ -96,14 +96,7 @@ class GLaM(GLaMKnobs, abstract=True):
 
     def dense(self) -> fdl.Config[FeedForward]:
         """The gated layer between them."""
-        return fdl.Config(
-            FeedForward,
-            hidden=self.HIDDEN_DIMS,
-            activation=self.ACTIVATION,
-            gated=True,
-            use_bias=False,
-            **{**self.projections(), "kernel_init": _uniform()},
-        )
+        return self.feed_forward_layer(gated=True, use_bias=False, kernel_init=_uniform())
 
     def table(self, **options: Any) -> fdl.Config[Any]:
         """Token table, of standard deviation 1 unless SOFTMAX_INIT_STD says otherwise."""
@@ -155,25 +148,17 @@ class PileGLaM64B64E(PileGLaM126M64E):
     SUMMARY_INTERVAL_STEPS = 10
 
 
-class LambadaGLaM126M64E(PileGLaM126M64E):
+class LambadaGLaM126M64E(EvaluatesOnly, PileGLaM126M64E):
     """GLaM 126M with 64 experts, evaluated on LAMBADA (--mode=eval)."""
 
     EVAL_SETS = ("LambadaValidation",)
     ICI_MESH_SHAPE = (1, 8, 1)
 
-    def train_data(self) -> None:
-        """Nothing: this config only evaluates."""
-        return None
 
-
-class LambadaGLaM64B64E(PileGLaM64B64E):
+class LambadaGLaM64B64E(EvaluatesOnly, PileGLaM64B64E):
     """GLaM 64B with 64 experts, evaluated on LAMBADA (--mode=eval)."""
 
     EVAL_SETS = ("LambadaValidation",)
-
-    def train_data(self) -> None:
-        """Nothing: this config only evaluates."""
-        return None
 
 
 class SyntheticGLaM126M64E(SyntheticData, PileGLaM126M64E):

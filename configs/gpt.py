@@ -7,13 +7,12 @@ from typing import Annotated, Any
 
 import fiddle as fdl
 
-from configs.data import SyntheticData
+from configs.data import EvaluatesOnly, SyntheticData
 from configs.optimization import NORMS_AND_BIASES
 from configs.transformer import TransformerKnobs
 from paxlike.layers.attention import Attention
 from paxlike.layers.block import Block
 from paxlike.layers.embedding import LearnedPosition
-from paxlike.layers.feedforward import FeedForward
 from paxlike.layers.norm import LayerNorm
 from paxlike.models.decoder import Decoder
 from paxlike.weights import GPT2Weights
@@ -64,14 +63,7 @@ class GPT(TransformerKnobs, abstract=True):
                 implementation=self.attention_backend(),
                 **self.projections(),
             ),
-            ffn=fdl.Config(
-                FeedForward,
-                hidden=self.HIDDEN_DIMS,
-                activation=self.ACTIVATION,
-                gated=self.USE_GATED_ACTIVATION,
-                use_bias=self.USE_BIAS,
-                **self.projections(),
-            ),
+            ffn=self.feed_forward_layer(gated=self.USE_GATED_ACTIVATION, use_bias=self.USE_BIAS),
             mixer_norm=self.norm(),
             ffn_norm=self.norm(),
         )
@@ -176,15 +168,11 @@ class Synthetic175B(SyntheticData, Pile175B):
     EVAL_SETS = ()
 
 
-class Lambada126M(Pile126M):
+class Lambada126M(EvaluatesOnly, Pile126M):
     """GPT-3 126M evaluated on LAMBADA (--mode=eval)."""
 
     ICI_MESH_SHAPE = (8, 1, 1)
     EVAL_SETS = ("LambadaValidation",)
-
-    def train_data(self) -> None:
-        """Nothing: this config only evaluates."""
-        return None
 
 
 class Quickstart(GPT):

@@ -13,7 +13,6 @@ from configs.optimization import NORMS_AND_BIASES
 from configs.transformer import TransformerKnobs
 from paxlike.layers.attention import Attention
 from paxlike.layers.block import Block
-from paxlike.layers.feedforward import FeedForward
 from paxlike.layers.norm import RMSNorm
 from paxlike.models.decoder import Decoder
 from paxlike.ops.rope import Rope, RopeScaling
@@ -118,14 +117,7 @@ class Llama(LlamaKnobs, abstract=True):
 
     def feed_forward(self) -> fdl.Config[Any]:
         """The second half of a block."""
-        return fdl.Config(
-            FeedForward,
-            hidden=self.HIDDEN_DIMS,
-            activation=self.ACTIVATION,
-            gated=True,
-            use_bias=False,
-            **self.projections(),
-        )
+        return self.feed_forward_layer(gated=True, use_bias=False)
 
     def mixer(self, *, local: bool) -> fdl.Config[Attention]:
         """Attention with rotary positions."""

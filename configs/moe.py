@@ -7,7 +7,6 @@ import fiddle as fdl
 from configs.transformer import TransformerKnobs
 from paxlike import parallel
 from paxlike.experiment import Experiment
-from paxlike.layers.feedforward import FeedForward
 from paxlike.layers.moe import MoE, Router
 from paxlike.log.experts import WatchOptions
 from paxlike.ops.routing import Choice
@@ -83,13 +82,12 @@ class MoEKnobs(TransformerKnobs, abstract=True):
         projections = self.projections()
         shared = None
         if self.NUM_SHARED_EXPERTS:
-            shared = fdl.Config(
-                FeedForward,
+            shared = self.feed_forward_layer(
                 hidden=self.NUM_SHARED_EXPERTS * hidden,
                 activation=activation or self.ACTIVATION,
                 gated=gated,
                 use_bias=False,
-                **{**self.projections(), "dropout": 0.0},
+                dropout=0.0,
             )
         return fdl.Config(
             MoE,

@@ -10,6 +10,7 @@ from configs.language import LanguageModelKnobs
 from paxlike import parallel
 from paxlike.layers import remat
 from paxlike.layers.embedding import Embedding
+from paxlike.layers.feedforward import FeedForward
 from paxlike.layers.stack import Pipeline, Stack
 
 
@@ -101,6 +102,11 @@ class TransformerKnobs(Fp8Knobs, LanguageModelKnobs, abstract=True):
             "dropout": self.DROPOUT_PROB,
             "dtype": self.FPROP_DTYPE,
         }
+
+    def feed_forward_layer(self, **changes: Any) -> fdl.Config[FeedForward]:
+        """HIDDEN_DIMS wide, with ACTIVATION."""
+        sizes = {"hidden": self.HIDDEN_DIMS, "activation": self.ACTIVATION}
+        return fdl.Config(FeedForward, **{**sizes, **self.projections(), **changes})
 
     def attention_backend(self) -> str:
         """The kernel of attention, by its name in `paxlike.ops.attention_kernels`."""

@@ -1,7 +1,7 @@
 """Compiles the training step of an experiment for devices that need not exist, and says what it would take.
 
-The program is the one that a run compiles (`paxlike.train.program.jit_step`), on the mesh of the config. No array is made
-and no data is read: the step is traced on shapes.
+The program is the one that a run compiles (`paxlike.train.program.jit_step`), on the mesh of the config. No array is
+made and no data is read: the step is traced on shapes.
 """
 
 from __future__ import annotations

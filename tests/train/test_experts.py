@@ -22,6 +22,18 @@ def build(kind=glam.PileGLaM126M64E, **changes):
     return fdl.build(kind(**{**SMALL, **changes}).experiment())
 
 
+def with_bias():
+    """A model whose experts are balanced by a bias, which moves by 0.01 a step."""
+    return build(
+        mixtral.Mixtral8x7B,
+        TRAIN_SET="text",
+        EVAL_SETS=(),
+        NUM_KV_HEADS=2,
+        ROUTER_SCORE="sigmoid",
+        ROUTER_BIAS_RATE=0.01,
+    ).model
+
+
 def whole(trainer):
     return jax.device_get(nn.unbox(trainer.state.params))
 
@@ -62,14 +74,7 @@ def test_microbatches_give_the_step_of_the_whole_batch():
 
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_a_bias_moves_by_its_rate_and_by_nothing_else(microbatches):
-    net = build(
-        mixtral.Mixtral8x7B,
-        TRAIN_SET="text",
-        EVAL_SETS=(),
-        NUM_KV_HEADS=2,
-        ROUTER_SCORE="sigmoid",
-        ROUTER_BIAS_RATE=0.01,
-    ).model
+    net = with_bias()
     params, metrics = trained(
         net,
         microbatches=microbatches,
@@ -89,14 +94,7 @@ def test_a_bias_moves_by_its_rate_and_by_nothing_else(microbatches):
 
 
 def test_frozen_layers_of_experts_keep_their_bias():
-    net = build(
-        mixtral.Mixtral8x7B,
-        TRAIN_SET="text",
-        EVAL_SETS=(),
-        NUM_KV_HEADS=2,
-        ROUTER_SCORE="sigmoid",
-        ROUTER_BIAS_RATE=0.01,
-    ).model
+    net = with_bias()
     params, _ = trained(net, steps=1, opt=tiny.optimizer(trainable="mixer"))
     assert np.all(params["stack"]["period_0"]["ffn"]["choice_bias"] == 0.0)
 
