@@ -12,6 +12,16 @@ import numpy as np
 from paxlike.log.history import read_metrics
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+ONE_LAYER = {
+    "NUM_LAYERS": 1,
+    "NUM_HEADS": 2,
+    "DIMS_PER_HEAD": 8,
+    "MODEL_DIMS": 16,
+    "HIDDEN_DIMS": 32,
+    "VOCAB_SIZE": 64,
+    "MAX_SEQ_LEN": 16,
+    "PERCORE_BATCH_SIZE": 2,
+}
 TINY = {
     "NUM_LAYERS": 2,
     "NUM_HEADS": 4,

@@ -4,18 +4,12 @@ import argparse
 import json
 
 import pytest
+import runs
 
 from scripts.benchmarks import suite, suite_row
 
 TOY = {
-    "NUM_LAYERS": 1,
-    "NUM_HEADS": 2,
-    "DIMS_PER_HEAD": 8,
-    "MODEL_DIMS": 16,
-    "HIDDEN_DIMS": 32,
-    "VOCAB_SIZE": 64,
-    "MAX_SEQ_LEN": 16,
-    "PERCORE_BATCH_SIZE": 2,
+    **runs.ONE_LAYER,
     "ICI_MESH_SHAPE": [1, 1, 1],
     "DCN_MESH_SHAPE": [1, 1, 1],
 }

@@ -12,19 +12,13 @@ import tempfile
 import time
 
 import pytest
+import runs
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 DAEMONS = ("munged", "slurmctld", "slurmd")
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 SMALL = {
-    "NUM_LAYERS": 1,
-    "NUM_HEADS": 2,
-    "DIMS_PER_HEAD": 8,
-    "MODEL_DIMS": 16,
-    "HIDDEN_DIMS": 32,
-    "VOCAB_SIZE": 64,
-    "MAX_SEQ_LEN": 16,
-    "PERCORE_BATCH_SIZE": 2,
+    **runs.ONE_LAYER,
     "SUMMARY_INTERVAL_STEPS": 50,
     "CHECKPOINT_EVERY_N_STEPS": 100,
     "LR_COS_WARMUP": 2,
