@@ -92,7 +92,7 @@ class DotGeneral(nn.Module):
         dimension_numbers: Any,
         precision: Any = None,
     ) -> Float[Array, "..."]:
-        """`x` (*rows, p) times `kernel` (p, *features), or each of `x` (e, *rows, p) times its own of (e, p, *features).
+        """`x` (*rows, p) times `kernel` (p, *features), or stacks (e, *rows, p) and (e, p, *features) one by one.
 
         Raises:
           ValueError: p, or the product of the features, is not a multiple of 16.
