@@ -1,7 +1,8 @@
 """The kernels of attention: what each can do, which one is chosen, and which was found wrong on this machine.
 
 `choose` takes the first of `KERNELS`, the fastest first, that lacks nothing of what is asked, is worth it, and was not
-refused; Transformer Engine's serves by name only. The table in `docs/attention.md` is made from here (`scripts/attention_table.py`).
+refused; Transformer Engine's serves by name only. The table in `docs/attention.md` is made from here
+(`scripts/attention_table.py`).
 """
 
 from __future__ import annotations
@@ -98,9 +99,7 @@ class Kernel:
 
     def reason_against(self, request: Request) -> str | None:
         """Why it does not serve such a request here, as the end of a sentence; None where it does."""
-        return (
-            self.lacks(request) or self.missing() or REFUSED.get((self.name, request.of_one_row))
-        )
+        return self.lacks(request) or self.missing() or REFUSED.get((self.name, request.of_one_row))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,7 +244,9 @@ def _chunked(q, k, v, segments, offset, *, scores: Scores, causal: bool) -> jax.
 
 def _te_lacks(request: Request) -> str | None:
     if request.segments:
-        return "of packed rows needs to be told how many documents a row has at most, and nobody knows"
+        return (
+            "of packed rows needs to be told how many documents a row has at most, and nobody knows"
+        )
     return _cudnn_lacks(request)
 
 

@@ -311,8 +311,7 @@ def _about(kernel: Kernel, request: Request, rows: int) -> dict[str, Any]:
         "request": dataclasses.asdict(dataclasses.replace(request, rows=rows)),
         "tolerance": TOLERANCE[request.dtype],
         "versions": {
-            name: importlib.metadata.version(name)
-            for name in ("jax", "jaxlib", *kernel.packages)
+            name: importlib.metadata.version(name) for name in ("jax", "jaxlib", *kernel.packages)
         },
         "device": device.device_kind,
         "platform": device.client.platform_version,

@@ -153,7 +153,7 @@ def attention(
     scores: Scores,
     causal: bool,
 ) -> Float[Array, "b s h k"]:
-    """Its fused attention (cuDNN's kernels) of whole rows, on one device: what it is given is not spread over a mesh."""
+    """Its fused attention (cuDNN's kernels) of whole rows, on one device, whatever the mesh."""
     return _attention(q, k, v, scores, causal)
 
 
