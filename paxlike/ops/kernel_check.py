@@ -82,6 +82,13 @@ class Settled:
         """See `attention_kernels.summary`."""
         return kernels.summary(self.choices)
 
+    def report(self, write: Callable[[str], None], warn: Callable[[str], None]) -> None:
+        """What was compared and what was replaced."""
+        for line in self.checks:
+            write(f"checked: {line}")
+        for line in self.refusals:
+            warn(line)
+
     @property
     def is_news(self) -> bool:
         """Whether it is anything but the plain form where there is no other."""
