@@ -203,11 +203,11 @@ def _cudnn(q, k, v, segments, offset, *, scores: Scores, causal: bool) -> jax.Ar
 def _on_each_device(run, q, k, v, segments, *, always: bool = False):
     """`run`, mapped by hand over the rest of the mesh where some axes are mapped by hand already (a pipeline).
 
-    The partitioner of the fused kernel cannot be called there. `always`: nor anywhere else.
+    The partitioner of the fused kernel cannot be called there, not even for axes of size 1. `always`: nor elsewhere.
     """
     free = compat.current_mesh_shape()
-    by_hand = always or compat.in_manual_region()
-    if not by_hand or all(size == 1 for size in free.values()):
+    spread = any(size > 1 for size in free.values())
+    if not (free if compat.in_manual_region() else always and spread):
         return run(q, k, v, segments)
     heads = parallel.spec("batch", None, "act_heads", None)
     rows = parallel.spec("batch", None)

@@ -252,3 +252,23 @@ def test_an_evaluation_uses_what_was_compared(tmp_path, monkeypatch):
         found = evaluator.run({})["sum"].sum
     assert "chunked attention is not used" in settled.refusals[0]
     assert found == pytest.approx(float(attend("reference")), rel=1e-5)
+
+
+def test_a_fused_kernel_sees_no_axis_that_is_not_mapped_by_hand():
+    """As in a pipeline: not even one of size 1, for which XLA asked its partitioner and failed."""
+    seen = []
+
+    def run(q, k, v, segments):
+        seen.append(set(jax.sharding.get_abstract_mesh().manual_axes))
+        return q
+
+    def stage(q):
+        return kernels._on_each_device(run, q, q, q, None)
+
+    with parallel.activate(parallel.Mesh(ici=(1, 2, 1)).build(jax.devices()[:2])):
+        spec = jax.sharding.PartitionSpec("fsdp")
+        mapped = jax.shard_map(
+            stage, in_specs=spec, out_specs=spec, axis_names={"fsdp"}, check_vma=False
+        )
+        jax.eval_shape(mapped, jnp.zeros((2, 4, 2, 4)))
+    assert seen == [{"data", "fsdp", "tensor"}]
