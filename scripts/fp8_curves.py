@@ -22,6 +22,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from paxlike.arguments import ArgumentParser  # noqa: E402
 from paxlike.log.history import read_history  # noqa: E402
 
 AIM = 0.5  # percent of the held-out loss
@@ -47,7 +48,7 @@ SIZES = {
 
 def main() -> int:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path, help="for the runs")
     parser.add_argument("--steps", type=int, default=1000, help="of each run (%(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
