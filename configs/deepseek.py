@@ -4,10 +4,12 @@ Sources: the reports on DeepSeek-V2 and DeepSeek-V3 (2024), Dai et al. 2024 (Dee
 by a bias), and the `config.json` that is published with each. There is no multi-token prediction.
 """
 
+import copy
 from typing import Annotated, Any
 
 import fiddle as fdl
 
+from configs.knobs import replace
 from configs.llama import BaseLLaMA
 from configs.moe import MoEKnobs
 from configs.optimization import NORMS_AND_BIASES
@@ -44,19 +46,15 @@ class DeepSeek(DeepSeekKnobs, abstract=True):
         first, layers = self.FIRST_DENSE_LAYERS, self.NUM_LAYERS
         if not 0 <= first < layers:
             raise ValueError(f"FIRST_DENSE_LAYERS={first} is not between 0 and NUM_LAYERS={layers}")
-        stages = self.mesh().shape.get("pipeline", 1)
-        if first and stages > 1:
-            raise ValueError(
-                f"FIRST_DENSE_LAYERS={first} cannot be used with {stages} pipeline stages: set it to 0, or leave out "
-                "the pipeline"
-            )
-        model = super().model()
-        model.stack.repeats = layers - first
-        if first:
-            prefix = self.stack(self.block_of(self.dense()))
-            prefix.repeats = first
-            prefix.remat_layers = "all"
-            model.prefix = prefix
+        if not first:
+            return super().model()
+        model = replace(self, NUM_LAYERS=layers - first, FIRST_DENSE_LAYERS=0).model()
+        # In front of a pipeline, not in it: all stages share its rows.
+        model.prefix = copy.deepcopy(model.stack)
+        model.prefix.period = (self.block_of(self.dense()),)
+        model.prefix.repeats = first
+        model.prefix.remat_layers = "all"
+        model.prefix.pipeline = None
         return model
 
     def block(self, *, local: bool) -> fdl.Config[Block]:
