@@ -13,6 +13,7 @@ from paxlike import parallel
 from paxlike.decode import Generator, SamplingOptions
 from paxlike.ops import attention_kernels as kernels
 from paxlike.ops.kernel_check import KernelCheck
+from paxlike.ops import platform
 from paxlike.train.state import abstract_variables
 
 PROMPTS = ["hello", "", "a longer prompt, of 33 characters", "abc", "The quick"]
@@ -45,9 +46,16 @@ def naive_greedy(model, variables, tokenizer, prompt, options, max_length=MAX_LE
     return ids[start:]
 
 
-@pytest.mark.parametrize("kv_heads", [None, 2], ids=["heads", "grouped"])
-@pytest.mark.parametrize("scan", [True, False], ids=["scan", "unrolled"])
-def test_cached_logits_equal_the_full_forward_pass_at_every_position(decoder, scan, kv_heads):
+@pytest.mark.parametrize(
+    ("kv_heads", "scan", "copies"),
+    [(None, True, False), (2, False, False), (2, True, True), (None, False, True)],
+    ids=["heads, scan", "grouped, unrolled", "grouped, apart", "heads, apart"],
+)
+def test_cached_logits_equal_the_full_forward_pass_at_every_position(
+    decoder, monkeypatch, kv_heads, scan, copies
+):
+    if not copies:  # as on an accelerator
+        monkeypatch.setattr(platform, "CPU_COPY_BYTES", -1)
     model = decoder(scan=scan, kv_heads=kv_heads)
     variables = nn.unbox(jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 4), jnp.int32)))
     rng = np.random.default_rng(0)
@@ -77,6 +85,7 @@ def test_cached_logits_equal_the_full_forward_pass_at_every_position(decoder, sc
     for j in range(more):
         column = np.stack([r[n + j : n + j + 1] for r, n in zip(rows, lengths)])
         logits, cache = step(cache, column, lengths + j)
+        assert ("apart" in cache["stack"]) == copies
         wanted = np.stack([expected[i, n + j] for i, n in enumerate(lengths)])
         np.testing.assert_allclose(logits, wanted, rtol=1e-5, atol=1e-5)
 
