@@ -12,8 +12,8 @@ from flax import linen as nn
 from paxlike import parallel
 from paxlike.decode import Generator, SamplingOptions
 from paxlike.ops import attention_kernels as kernels
-from paxlike.ops.kernel_check import KernelCheck
 from paxlike.ops import platform
+from paxlike.ops.kernel_check import KernelCheck
 from paxlike.train.state import abstract_variables
 
 PROMPTS = ["hello", "", "a longer prompt, of 33 characters", "abc", "The quick"]
