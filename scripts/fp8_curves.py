@@ -5,8 +5,8 @@
 
 Text and tokenizer are those of the quickstart (the library of this Python); nothing is downloaded. Run again, it goes
 on where it stopped. Writes `fp8_curves.json` (held-out losses of each run, means, and the difference in percent, of the
-means and of each seed) and `fp8_curves.png` to `--output`. FP8 is imitated on a CPU: the numbers are those of its rounding,
-the speed is not.
+means and of each seed) and `fp8_curves.png` to `--output`. FP8 is imitated on a CPU: the numbers are those of its
+rounding, the speed is not.
 """
 
 from __future__ import annotations
