@@ -39,7 +39,7 @@ class LlamaKnobs(TransformerKnobs, abstract=True):
         "pairs of features: Hugging Face's, or Meta's and Pax's; imported weights are turned to it",
     ] = "half"
     ROPE_SCALING: Annotated[
-        Literal["linear", "llama3"] | None, "stretches wavelengths for long rows"
+        Literal["linear", "llama3", "yarn"] | None, "stretches wavelengths for long rows"
     ] = None
     ROPE_SCALING_FACTOR: Annotated[float, "of the stretch"] = 8.0
     ROPE_LOW_FREQ_FACTOR: Annotated[float, "llama3: wavelengths above original / this are long"] = (
@@ -48,7 +48,17 @@ class LlamaKnobs(TransformerKnobs, abstract=True):
     ROPE_HIGH_FREQ_FACTOR: Annotated[
         float, "llama3: wavelengths below original / this are left alone"
     ] = 4.0
-    ROPE_ORIGINAL_LEN: Annotated[int, "llama3: tokens of a row in pretraining"] = 8192
+    ROPE_ORIGINAL_LEN: Annotated[int, "llama3, yarn: tokens of a row in pretraining"] = 8192
+    ROPE_BETA_FAST: Annotated[
+        float, "yarn: pairs that turn more often in a row of pretraining are left alone"
+    ] = 32.0
+    ROPE_BETA_SLOW: Annotated[float, "yarn: pairs that turn less often are stretched whole"] = 1.0
+    ROPE_MSCALE: Annotated[
+        float | None, "yarn: weight of ln(factor) in the size of turned features; None: 1"
+    ] = None
+    ROPE_MSCALE_ALL_DIM: Annotated[
+        float | None, "yarn: the same for what that is divided by; DeepSeek: for scores, too"
+    ] = None
     SLIDING_WINDOW: Annotated[int | None, "keys a query sees in local layers; None: all"] = None
     LOCAL_LAYERS_PER_GLOBAL: Annotated[
         int | None, "local layers before each global one; None: all are local if there is a window"
@@ -143,19 +153,31 @@ class Llama(LlamaKnobs, abstract=True):
         """Rotary positions; local layers may have wavelengths of their own."""
         if local and self.LOCAL_ROPE_THETA is not None:
             return fdl.Config(Rope, theta=self.LOCAL_ROPE_THETA, layout=self.ROPE_LAYOUT)
-        scaling = fdl.Config(
+        return fdl.Config(
+            Rope,
+            theta=self.ROPE_THETA,
+            layout=self.ROPE_LAYOUT,
+            scaling=self.stretch(),
+        )
+
+    def stretch(self) -> fdl.Config[RopeScaling] | None:
+        """How wavelengths are stretched."""
+        yarn: dict[str, Any] = {
+            "beta_fast": self.ROPE_BETA_FAST,
+            "beta_slow": self.ROPE_BETA_SLOW,
+            "mscale": self.ROPE_MSCALE,
+            "mscale_all_dim": self.ROPE_MSCALE_ALL_DIM,
+        }
+        if self.ROPE_SCALING is None:
+            return None
+        return fdl.Config(
             RopeScaling,
             kind=self.ROPE_SCALING,
             factor=self.ROPE_SCALING_FACTOR,
             low_frequency_factor=self.ROPE_LOW_FREQ_FACTOR,
             high_frequency_factor=self.ROPE_HIGH_FREQ_FACTOR,
             original_length=self.ROPE_ORIGINAL_LEN,
-        )
-        return fdl.Config(
-            Rope,
-            theta=self.ROPE_THETA,
-            layout=self.ROPE_LAYOUT,
-            scaling=None if self.ROPE_SCALING is None else scaling,
+            **(yarn if self.ROPE_SCALING == "yarn" else {}),
         )
 
     def kv_heads(self) -> int:
@@ -245,6 +267,14 @@ class Llama(LlamaKnobs, abstract=True):
                 "high_freq_factor": self.ROPE_HIGH_FREQ_FACTOR,
                 "original_max_position_embeddings": self.ROPE_ORIGINAL_LEN,
             }
+        if self.ROPE_SCALING == "yarn":
+            scaling |= {
+                "original_max_position_embeddings": self.ROPE_ORIGINAL_LEN,
+                "beta_fast": self.ROPE_BETA_FAST,
+                "beta_slow": self.ROPE_BETA_SLOW,
+            }
+            mscale = {"mscale": self.ROPE_MSCALE, "mscale_all_dim": self.ROPE_MSCALE_ALL_DIM}
+            scaling |= {name: value for name, value in mscale.items() if value is not None}
         if self.LOCAL_ROPE_THETA is None:
             return {"rope_theta": self.ROPE_THETA, "rope_scaling": scaling}
         full = {"rope_type": "default", **(scaling or {}), "rope_theta": self.ROPE_THETA}

@@ -45,10 +45,10 @@ class TransformerKnobs(Fp8Knobs, LanguageModelKnobs, abstract=True):
         str, "repeats of the blocks that CHECKPOINT_POLICY holds for: all, first:K or every:K"
     ] = "all"
     USE_CUDNN_FLASH_ATTENTION: Annotated[
-        bool | None, "cuDNN attention; None: where it can serve"
+        bool | None, "cuDNN attention, with USE_TE by Transformer Engine; None: where it can serve"
     ] = None
     ATTENTION_KERNEL: Annotated[
-        Literal["auto", "cudnn", "chunked", "reference"], "auto: the fastest that can serve"
+        Literal["auto", "te", "cudnn", "chunked", "reference"], "auto: the fastest that can serve"
     ] = "auto"
 
     def stack(self, *period: fdl.Config[Any]) -> fdl.Config[Stack]:
@@ -114,13 +114,15 @@ class TransformerKnobs(Fp8Knobs, LanguageModelKnobs, abstract=True):
         asked, given = self.USE_CUDNN_FLASH_ATTENTION, self.ATTENTION_KERNEL
         if asked is None:
             return given
-        if given not in ("auto", "cudnn") if asked else given == "cudnn":
+        if given not in ("auto", "te", "cudnn") if asked else given in ("te", "cudnn"):
             raise ValueError(
                 f"USE_CUDNN_FLASH_ATTENTION={asked} and ATTENTION_KERNEL={given} contradict each other: set one of them"
             )
-        if asked:
-            return "cudnn"
-        return "reference" if given == "auto" else given
+        if not asked:
+            return "reference" if given == "auto" else given
+        if given == "auto":
+            return "fused" if self.USE_TE else "cudnn"
+        return given
 
     def init(self, std: float | None = None) -> fdl.Config[Any]:
         """Gaussian initialiser; a node of its own at each place."""

@@ -33,6 +33,7 @@ DEFAULT_RULES: Rules = {
     "norm": None,
     "position": None,
     "layers": "pipeline",
+    "whole_layers": None,  # of a stack in front of a pipeline
     "expert": "expert",
     "expert_embed": "fsdp",  # the width of expert weights; nothing where experts are over fsdp
     # activations
@@ -47,6 +48,9 @@ DEFAULT_RULES: Rules = {
     # of tokens, for the loss and for groups of tokens that are routed apart
     "batch_shards": ("context", "pipeline", "data", "fsdp", "expert"),
 }
+
+
+STACKED = ("layers", "whole_layers")  # names of the dimension that counts the layers of a stack
 
 
 def rules_with(**changes: MeshAxes) -> Rules:
