@@ -20,7 +20,7 @@ from paxlike import parallel
 from paxlike.layers.dropout import Noise, current_noise, noise
 from paxlike.layers.remat import Policy, choice_of, keep_all, policy_of
 from paxlike.layers.sequence import Sequence
-from paxlike.ops import fp8
+from paxlike.ops import fp8, platform
 from paxlike.ops.sown import SOWN
 
 PyTree = Any
@@ -68,7 +68,8 @@ class Stack(nn.Module):
       repeats: how often the period comes; the number of layers is repeats x len(period).
       remat: what the backward pass finds kept (`layers.remat`).
       scan: compile one repeat and loop over it, rather than compile all of them.
-      pipeline: how the repeats are passed through on a mesh with a pipeline.
+      pipeline: how the repeats are passed through on a mesh with a pipeline; None: all stages compute all repeats, each
+        for its part of the rows (layers in front of a pipeline).
       remat_layers: which repeats `remat` holds for; the others keep everything.
     """
 
@@ -76,7 +77,7 @@ class Stack(nn.Module):
     repeats: int
     remat: str = "SAVE_EVERYTHING"
     scan: bool = True
-    pipeline: Pipeline = Pipeline()
+    pipeline: Pipeline | None = Pipeline()
     remat_layers: str = "all"
 
     def setup(self):
@@ -89,7 +90,8 @@ class Stack(nn.Module):
         there = current_noise() or Noise(None, x.shape[:2])
         key = self.make_rng("dropout") if sequence.train and self.has_rng("dropout") else None
         noise_ = dataclasses.replace(there, key=key, depth=len(self.path))
-        if parallel.num_stages() > 1 and not self.is_initializing() and not sequence.cache_length:
+        staged = self.pipeline is not None and parallel.num_stages() > 1
+        if staged and not self.is_initializing() and not sequence.cache_length:
             pipeline = self.pipeline.fitting(x.shape[0])
             if pipeline is None and sequence.train:
                 raise ValueError(
@@ -103,7 +105,36 @@ class Stack(nn.Module):
         some = some and not self.is_mutable_collection("intermediates")
         if some and sequence.train and not self.is_initializing():
             return self._some_again(x, sequence, noise_)
+        if sequence.cache_length and self._may_lay_apart():
+            return self._apart(x, sequence, noise_)
         return self._in_turn(x, sequence, noise_)
+
+    def _may_lay_apart(self) -> bool:
+        """Whether tokens are generated with a copy of the weights, and a cache, of each repeat by itself.
+
+        A CPU's products read whole arrays: in a loop over stacked ones each weight of each layer is copied for every
+        token, which takes longer than the products. An accelerator reads them where they are.
+        """
+        if self.is_initializing() or not self.is_mutable_collection("cache"):
+            return False
+        if not platform.is_cpu() or set(self.variables) - {"params", "cache"}:
+            return False
+        return platform.may_copy(self.variables["params"])
+
+    def _apart(self, x, sequence: Sequence, noise_: Noise):
+        """All repeats written out; what the first pass laid apart stands in the cache, for all tokens that follow."""
+        period = Period(tuple(block.unbind()[0] for block in self.period), parent=None)
+        layers, new = self.get_variable("cache", "apart"), []
+        if layers is None:
+            weights = self.variables["params"]
+            cut = lambda n: jax.tree.map(lambda a: a[n], weights)
+            layers = [{"params": cut(n)} for n in range(self.repeats)]
+        with noise(dataclasses.replace(noise_, depth=0)):
+            for layer in layers:
+                x, cache = period.apply(layer, x, sequence, mutable=["cache"])
+                new.append({**layer, **cache})
+        self.put_variable("cache", "apart", tuple(new))
+        return x
 
     def _in_turn(self, x, sequence: Sequence, noise_: Noise):
         """All repeats one after another, as one loop or written out."""
@@ -135,7 +166,9 @@ class Stack(nn.Module):
             split_rngs={"params": True, "dropout": True},
             length=self.repeats,
             unroll=1 if self.scan else self.repeats,
-            metadata_params={nn.PARTITION_NAME: "layers"},
+            metadata_params={
+                nn.PARTITION_NAME: "whole_layers" if self.pipeline is None else "layers"
+            },
         )(self.layers, x, jnp.arange(self.repeats) if counts else None)
         return x
 
