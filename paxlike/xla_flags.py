@@ -25,7 +25,7 @@ from pathlib import Path
 # because it was measured to be the fastest, which may be another one another day. It does what the other two flags
 # below do (openxla/xla, pull request 12520).
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
-_TE_ALLOWS = "NVTE_ALLOW_NONDETERMINISTIC_ALGO"  # Transformer Engine, for the backward pass of attention
+_TE_ALLOWS = "NVTE_ALLOW_NONDETERMINISTIC_ALGO"  # in Transformer Engine's attention
 _TRUE = ("", "true", "1")  # "": a bare flag
 _DETERMINISTIC_VALUES = {
     "--xla_gpu_deterministic_ops": _TRUE,

@@ -38,6 +38,7 @@ FLAT = ["--fdl.DCN_MESH_SHAPE=[1,1,1]"]
 PIPELINE = ['--fdl.MESH_AXES=["pipeline","data","fsdp","tensor"]', "--fdl.DCN_MESH_SHAPE=[1,1,1,1]"]
 MESHES: dict[str, list[str]] = {
     "one GPU": [*FLAT, "--fdl.ICI_MESH_SHAPE=[1,1,1]"],
+    "fsdp 8": [*FLAT, "--fdl.ICI_MESH_SHAPE=[1,8,1]", "--fdl.PERCORE_BATCH_SIZE=4"],
     "tensor 8": [*FLAT, "--fdl.ICI_MESH_SHAPE=[1,1,8]", "--fdl.PERCORE_BATCH_SIZE=1"],
     "tensor 8, SEQUENCE_PARALLEL": [
         *FLAT,
@@ -52,10 +53,19 @@ MESHES: dict[str, list[str]] = {
         "--fdl.NUM_MICROBATCHES=8",
     ],
 }
+_GIB = 1 << 30
 _WINDOWED = {"xla_gpu_threshold_for_windowed_einsum_mib": 0}
 OPTIONS: dict[str, dict[str, Any]] = {
     "`gpu`": {},
     "`gpu-sharded` (O1)": {"level": "O1"},
+    "gathers and reductions of up to 1 GiB as one": {
+        "xla_gpu_all_gather_combine_threshold_bytes": _GIB,
+        "xla_gpu_reduce_scatter_combine_threshold_bytes": _GIB,
+        "xla_gpu_all_reduce_combine_threshold_bytes": _GIB,
+    },
+    "all-reduces of up to 51,200 bytes as one": {
+        "xla_gpu_all_reduce_combine_threshold_bytes": 51200
+    },
     "loops unrolled by two": {
         "xla_gpu_enable_while_loop_unrolling": "WHILE_LOOP_UNROLLING_DOUBLE_BUFFER"
     },
@@ -75,6 +85,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
 # Pax and its successors set these for such meshes.
 ROWS = {
     "one GPU": ("`gpu`", "`gpu-sharded` (O1)", "loops unrolled by two"),
+    "fsdp 8": (
+        "`gpu`",
+        "`gpu-sharded` (O1)",
+        "gathers and reductions of up to 1 GiB as one",
+        "all-reduces of up to 51,200 bytes as one",
+    ),
     "tensor 8": ("`gpu`", "windowed einsum"),
     "tensor 8, SEQUENCE_PARALLEL": (
         "`gpu`",
@@ -144,7 +160,8 @@ def table(rows: dict[str, Any]) -> str:
         "| mesh | flags | collectives that start apart | waiting for them | step | peak |",
         "|---|---|---|---|---|---|",
     ]
-    for mesh, found in rows.items():
+    for mesh in (mesh for mesh in ROWS if mesh in rows):
+        found = rows[mesh]
         plain = {name: found["`gpu`"][name] for name in ("apart", "waiting_ms", "step_ms")}
         peak = found["`gpu`"]["peak_gib"]
         for label, row in found.items():
