@@ -24,6 +24,7 @@ OTHER_NAMES = {
     "JAX_COMPILATION_CACHE_DIR",
     "XLA_FLAGS",
     "NCCL_ALGO",
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO",
     "DRY_RUN",
     "NORMS_AND_BIASES",  # a regular expression in configs/optimization.py
     "NUM_REGISTERS",  # of an example of how to declare a knob
