@@ -9,8 +9,7 @@ from typing import Annotated, Any, Literal
 import fiddle as fdl
 
 from configs.lora import LoraKnobs
-from configs.optimization import NORMS_AND_BIASES
-from configs.transformer import TransformerKnobs
+from configs.transformer import QuickstartRun, TransformerKnobs
 from paxlike.layers.attention import Attention
 from paxlike.layers.block import Block
 from paxlike.layers.norm import RMSNorm
@@ -517,7 +516,7 @@ class Gemma3_12B(Gemma2_2B):
     SOFTMAX_CAP_LOGITS = -1.0
 
 
-class QuickstartLLaMA(LoraKnobs, Llama):
+class QuickstartLLaMA(QuickstartRun, LoraKnobs, Llama):
     """A small LLaMA on the text that comes with Python; minutes on a laptop."""
 
     NUM_LAYERS = 4
@@ -525,24 +524,6 @@ class QuickstartLLaMA(LoraKnobs, Llama):
     NUM_KV_HEADS = 2
     MODEL_DIMS = 128
     HIDDEN_DIMS = 352
-    VOCAB_SIZE = 4096
-    MAX_SEQ_LEN = 256
-    ICI_MESH_SHAPE = (-1, 1, 1)
-    PERCORE_BATCH_SIZE = 8
-    FPROP_DTYPE = "float32"
-    PACKED_INPUT = True
-    MAX_STEPS = 1200
-    LEARNING_RATE = 3e-3
-    LR_COS_WARMUP = 60
-    LR_COS_DECAY_START = 61
-    LR_COS_DECAY_END = 1200
-    WEIGHT_DECAY_EXCLUDE = NORMS_AND_BIASES
-    EVAL_SETS = ("HeldOut",)
-    EVAL_ON_TEST = True
-    EVAL_INTERVAL_STEPS = 200
-    SUMMARY_INTERVAL_STEPS = 10
-    CHECKPOINT_EVERY_N_STEPS = 200
-    CHECKPOINT_MAX_TO_KEEP = 2
 
 
 def _cap(value: float) -> float | None:

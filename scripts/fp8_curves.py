@@ -1,10 +1,12 @@
 """Whether training in FP8 learns the same: a small GPT and a small LLaMA, bfloat16 beside FP8, several seeds.
 
-    python scripts/fp8_curves.py FOLDER [--steps 1000] [--seeds 0 1 2] [--recipe delayed] [--output docs/benchmarks]
+    python scripts/fp8_curves.py FOLDER [--steps 1000] [--seeds 0 1 2] [--recipe delayed] [--warmup 200]
+        [--output docs/benchmarks]
 
 Text and tokenizer are those of the quickstart (the library of this Python); nothing is downloaded. Run again, it goes
-on where it stopped. Writes `fp8_curves.json` (held-out losses of each run, means, and the difference in percent) and
-`fp8_curves.png` to `--output`. FP8 is imitated on a CPU: the numbers are those of its rounding, the speed is not.
+on where it stopped. Writes `fp8_curves.json` (held-out losses of each run, means, and the difference in percent, of the
+means and of each seed) and `fp8_curves.png` to `--output`. FP8 is imitated on a CPU: the numbers are those of its
+rounding, the speed is not.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from paxlike.arguments import ArgumentParser  # noqa: E402
 from paxlike.log.history import read_history  # noqa: E402
 
 AIM = 0.5  # percent of the held-out loss
@@ -47,14 +50,17 @@ SIZES = {
 
 def main() -> int:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path, help="for the runs")
     parser.add_argument("--steps", type=int, default=1000, help="of each run (%(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--recipe", default="delayed", choices=("delayed", "current"))
     parser.add_argument("--amax_history", type=int, default=1024, help="delayed (%(default)s)")
+    parser.add_argument("--warmup", type=int, help="steps (a fifth of --steps); see docs/fp8.md")
     parser.add_argument("--output", type=Path, help="for the JSON file and the picture (FOLDER)")
     options = parser.parse_args()
+    if options.warmup is None:
+        options.warmup = max(1, options.steps // 5)
     data = prepare(options.folder / "data")
     runs = [
         (family, kind, seed)
@@ -73,7 +79,9 @@ def main() -> int:
     for family, numbers in found["families"].items():
         print(
             f"{family}: held-out loss {numbers['bf16']:.4f} in bfloat16, {numbers['fp8']:.4f} in FP8, "
-            f"{numbers['difference_percent']:+.2f} %"
+            f"{numbers['difference_percent']:+.2f} % ("
+            + ", ".join(f"{percent:+.2f}" for percent in numbers["difference_percent_by_seed"])
+            + " % by seed)"
         )
     if any(abs(n["difference_percent"]) > AIM for n in found["families"].values()):
         print(f"more than {AIM} % apart", file=sys.stderr)
@@ -103,8 +111,8 @@ def train(options: argparse.Namespace, data: Path, family: str, kind: str, seed:
     knobs: dict[str, Any] = {
         **SIZES,
         "MAX_STEPS": options.steps,
-        "LR_COS_WARMUP": max(1, options.steps // 20),
-        "LR_COS_DECAY_START": max(1, options.steps // 20) + 1,
+        "LR_COS_WARMUP": options.warmup,
+        "LR_COS_DECAY_START": options.warmup + 1,
         "LR_COS_DECAY_END": options.steps,
         "SEED": seed,
         "TRAIN_INPUT_RANDOM_SEED": seed,
@@ -134,10 +142,10 @@ def train(options: argparse.Namespace, data: Path, family: str, kind: str, seed:
 
 
 def directory(options: argparse.Namespace, family: str, kind: str, seed: int) -> Path:
-    """The log folder of a run; other steps or another recipe are other runs."""
+    """The log folder of a run; other steps, another warm-up or recipe are other runs."""
     recipe = options.recipe + (str(options.amax_history) if options.recipe == "delayed" else "")
     name = f"{family}_{kind if kind == 'bf16' else f'{kind}_{recipe}'}_{seed}"
-    return (options.folder / f"{options.steps}_steps" / name).resolve()
+    return (options.folder / f"{options.steps}_steps_{options.warmup}_warmup" / name).resolve()
 
 
 def results(options: argparse.Namespace, runs: list[tuple[str, str, int]]) -> dict[str, Any]:
@@ -150,23 +158,23 @@ def results(options: argparse.Namespace, runs: list[tuple[str, str, int]]) -> di
         listed.append(
             {"family": family, "kind": kind, "seed": seed, "steps": steps, "held_out": losses}
         )
+    last = {(r["family"], r["kind"], r["seed"]): r["held_out"][-1] for r in listed}
+    percent = lambda fp8, bf16: 100 * (fp8 / bf16 - 1)
     families = {}
     for family in FAMILIES:
-        mean = {
-            kind: float(
-                np.mean(
-                    [
-                        r["held_out"][-1]
-                        for r in listed
-                        if (r["family"], r["kind"]) == (family, kind)
-                    ]
-                )
-            )
-            for kind in ("bf16", "fp8")
+        of = {
+            kind: [last[family, kind, seed] for seed in options.seeds] for kind in ("bf16", "fp8")
         }
-        families[family] = {**mean, "difference_percent": 100 * (mean["fp8"] / mean["bf16"] - 1)}
+        mean = {kind: float(np.mean(losses)) for kind, losses in of.items()}
+        by_seed = [percent(*pair) for pair in zip(of["fp8"], of["bf16"], strict=True)]
+        families[family] = {
+            **mean,
+            "difference_percent": percent(mean["fp8"], mean["bf16"]),
+            "difference_percent_by_seed": by_seed,
+        }
     sizes = {name: str(value) for name, value in SIZES.items()}
-    about = {"steps": options.steps, "seeds": options.seeds, "recipe": options.recipe}
+    about = {"steps": options.steps, "warmup": options.warmup, "seeds": options.seeds}
+    about["recipe"] = options.recipe
     if options.recipe == "delayed":
         about["amax_history"] = options.amax_history
     return {**about, "sizes": sizes, "families": families, "runs": listed}

@@ -12,6 +12,8 @@ import numpy as np
 from paxlike.log.history import read_metrics
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+# Programs over several devices are compiled at every start, and these runs are short: the shortest way through LLVM.
+QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 ONE_LAYER = {
     "NUM_LAYERS": 1,
     "NUM_HEADS": 2,
@@ -83,7 +85,7 @@ def environment(devices: int = 1) -> dict[str, str]:
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK_COMPILE}",
         "PYTHONFAULTHANDLER": "1",
     }
 

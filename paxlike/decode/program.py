@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from paxlike import parallel
 from paxlike.decode.sampler import SamplingOptions, sample
@@ -34,6 +34,7 @@ class State:
       count: tokens generated per row so far, for the keys.
       identity: (prompt, sample) of each row, for the keys.
       seen: tokens that a row holds; None where nobody asks.
+      table: of the output layer, turned for this hardware; None where the model's own serves.
     """
 
     cache: Any
@@ -44,6 +45,7 @@ class State:
     count: Int[Array, ""]
     identity: Int[Array, "b 2"]
     seen: Bool[Array, "b v"] | None
+    table: Float[Array, "d v"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +80,7 @@ class Program:
             count=jnp.zeros((), jnp.int32),
             identity=identity,
             seen=seen,
+            table=output.turned(),
         )
         state, ids, logprobs = self._draw(state, logits)
         return state, _whole(ids[:, None]), _whole(logprobs[:, None])
@@ -107,7 +110,7 @@ class Program:
             # A row that has ended stays where it is, so that it never writes beyond the cache.
             offset = state.offset + state.active
             state = dataclasses.replace(state, cache=updated["cache"], offset=offset)
-            state, new_ids, new_logprobs = self._draw(state, output.logits()[:, 0])
+            state, new_ids, new_logprobs = self._draw(state, output.logits(state.table)[:, 0])
             ids = jax.lax.dynamic_update_slice(ids, new_ids[:, None], (0, step))
             logprobs = jax.lax.dynamic_update_slice(logprobs, new_logprobs[:, None], (0, step))
             return step + 1, state, ids, logprobs

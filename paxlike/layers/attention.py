@@ -18,6 +18,7 @@ from paxlike.layers.dropout import Dropout
 from paxlike.layers.projection import Projecting
 from paxlike.layers.sequence import Sequence
 from paxlike.ops import attention as ops
+from paxlike.ops.attention_kernels import FUSED
 from paxlike.ops.biased_attention import biased_attention
 from paxlike.ops.context_attention import context_attention
 from paxlike.ops.rope import Rope
@@ -123,7 +124,7 @@ class Attention(Projecting):
                     f"relative positions and the extra logit do not go with CONTEXT_PARALLEL={context.kind}: use "
                     "all_to_all"
                 )
-            if self.implementation == "cudnn":
+            if self.implementation in FUSED:
                 raise ValueError(
                     f"cuDNN attention does not serve CONTEXT_PARALLEL={context.kind}: set "
                     "USE_CUDNN_FLASH_ATTENTION=None, or CONTEXT_PARALLEL=all_to_all"
@@ -161,7 +162,7 @@ class Attention(Projecting):
             raise ValueError(
                 "relative_buckets and extra_logit are for causal attention without window and cap"
             )
-        if self.implementation == "cudnn":
+        if self.implementation in FUSED:
             raise ValueError(
                 "cuDNN attention has no relative bias and no extra logit here: set USE_CUDNN_FLASH_ATTENTION=None"
             )
@@ -213,9 +214,6 @@ def _write(cache: jax.Array, new: jax.Array, sequence: Sequence) -> jax.Array:
     offset, repeat, new = sequence.offset, sequence.repeat, new.swapaxes(1, 2)
     if offset is None:
         cache = jax.lax.dynamic_update_slice(cache, new, (0, 0, 0, 0))
-    elif repeat is None:
-        write = lambda row, x, i: jax.lax.dynamic_update_slice(row, x, (0, i, 0))
-        cache = jax.vmap(write)(cache, new, offset)
     else:
         # What `vmap` of an update makes, less the transposes of the whole cache around it.
         dimensions = jax.lax.ScatterDimensionNumbers(
@@ -225,8 +223,11 @@ def _write(cache: jax.Array, new: jax.Array, sequence: Sequence) -> jax.Array:
             operand_batching_dims=(1,),
             scatter_indices_batching_dims=(0,),
         )
-        where = jnp.stack([jnp.broadcast_to(repeat, offset.shape), offset], axis=-1)
-        cache = jax.lax.scatter(cache, where, new, dimensions, unique_indices=True, mode="clip")
+        place = 0 if repeat is None else repeat
+        where = jnp.stack([jnp.broadcast_to(place, offset.shape), offset], axis=-1)
+        all_ = cache[None] if repeat is None else cache
+        all_ = jax.lax.scatter(all_, where, new, dimensions, unique_indices=True, mode="clip")
+        cache = all_[0] if repeat is None else all_
     return parallel.shard(cache, *(None,) * (cache.ndim - 4), "batch", "act_heads", None, None)
 
 

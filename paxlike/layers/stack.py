@@ -20,7 +20,7 @@ from paxlike import parallel
 from paxlike.layers.dropout import Noise, current_noise, noise
 from paxlike.layers.remat import Policy, choice_of, keep_all, policy_of
 from paxlike.layers.sequence import Sequence
-from paxlike.ops import fp8
+from paxlike.ops import fp8, platform
 from paxlike.ops.sown import SOWN
 
 PyTree = Any
@@ -105,7 +105,36 @@ class Stack(nn.Module):
         some = some and not self.is_mutable_collection("intermediates")
         if some and sequence.train and not self.is_initializing():
             return self._some_again(x, sequence, noise_)
+        if sequence.cache_length and self._may_lay_apart():
+            return self._apart(x, sequence, noise_)
         return self._in_turn(x, sequence, noise_)
+
+    def _may_lay_apart(self) -> bool:
+        """Whether tokens are generated with a copy of the weights, and a cache, of each repeat by itself.
+
+        A CPU's products read whole arrays: in a loop over stacked ones each weight of each layer is copied for every
+        token, which takes longer than the products. An accelerator reads them where they are.
+        """
+        if self.is_initializing() or not self.is_mutable_collection("cache"):
+            return False
+        if not platform.is_cpu() or set(self.variables) - {"params", "cache"}:
+            return False
+        return platform.may_copy(self.variables["params"])
+
+    def _apart(self, x, sequence: Sequence, noise_: Noise):
+        """All repeats written out; what the first pass laid apart stands in the cache, for all tokens that follow."""
+        period = Period(tuple(block.unbind()[0] for block in self.period), parent=None)
+        layers, new = self.get_variable("cache", "apart"), []
+        if layers is None:
+            weights = self.variables["params"]
+            cut = lambda n: jax.tree.map(lambda a: a[n], weights)
+            layers = [{"params": cut(n)} for n in range(self.repeats)]
+        with noise(dataclasses.replace(noise_, depth=0)):
+            for layer in layers:
+                x, cache = period.apply(layer, x, sequence, mutable=["cache"])
+                new.append({**layer, **cache})
+        self.put_variable("cache", "apart", tuple(new))
+        return x
 
     def _in_turn(self, x, sequence: Sequence, noise_: Noise):
         """All repeats one after another, as one loop or written out."""

@@ -17,6 +17,7 @@ from paxlike import parallel
 from paxlike.layers.dropout import Dropout, Noise, noise
 from paxlike.layers.embedding import Embedding
 from paxlike.layers.sequence import Sequence
+from paxlike.ops import platform
 from paxlike.ops.attention import is_plain
 
 
@@ -44,11 +45,17 @@ class Output:
         """`hidden`, its tokens in the order of the row."""
         return self.hidden if self.context is None else self.context.restore(self.hidden)
 
-    def logits(self) -> Float[Array, "b s v"]:
-        """The logits in float32, for all positions in the order of the row."""
-        dimensions = (((2,), (1,)), ((), ()))
+    def turned(self) -> Float[Array, "d v"] | None:
+        """The table as `logits` reads it faster, where it is read so often that a copy pays; else None."""
+        if not platform.may_copy(self.table):
+            return None
+        return self.table.astype(self.hidden.dtype).T
+
+    def logits(self, turned: Float[Array, "d v"] | None = None) -> Float[Array, "b s v"]:
+        """The logits in float32, for all positions in the order of the row; `turned` may stand for the table."""
         hidden = self.in_order()
-        table = self.table.astype(hidden.dtype)
+        dimensions = (((2,), (1 if turned is None else 0,)), ((), ()))
+        table = self.table.astype(hidden.dtype) if turned is None else turned
         logits = jax.lax.dot_general(hidden, table, dimensions, preferred_element_type=jnp.float32)
         if self.logit_cap is not None:
             logits = self.logit_cap * jnp.tanh(logits / self.logit_cap)

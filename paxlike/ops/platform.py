@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
+from typing import Any
 
 import jax
 
+from paxlike import compat
 from paxlike.scoped import Scoped
+
+CPU_COPY_BYTES = (
+    4 << 30
+)  # of weights that a CPU holds a second time, in another form, while it generates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +38,11 @@ def traced_for(hardware: Hardware) -> contextlib.AbstractContextManager[None]:
     return _hardware.set(hardware)
 
 
+def is_here() -> bool:
+    """Whether programs are traced for the devices that there are."""
+    return _hardware.get() is None
+
+
 def name() -> str:
     """What programs run on: `cpu`, `gpu`, `tpu`."""
     hardware = _hardware.get()
@@ -42,6 +54,16 @@ def name() -> str:
 def is_cpu() -> bool:
     """Whether programs run on a CPU. Every form that is chosen by this leaves the accelerators' program as it was."""
     return name() == "cpu"
+
+
+def may_copy(weights: Any) -> bool:
+    """Whether `weights`, a tree of arrays, are held in another form too, because one CPU reads that faster.
+
+    Not on a mesh: CPUs that stand for accelerators run the accelerators' program.
+    """
+    if not is_cpu() or math.prod(compat.current_mesh_shape().values()) > 1:
+        return False
+    return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(weights)) <= CPU_COPY_BYTES
 
 
 def is_nvidia() -> bool:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 
 import torch
+import transformers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from scripts.benchmarks.protocol import serve
 from scripts.benchmarks.shapes import SHAPES, Shape
 
 ENDS = {"bos_token_id": 0, "eos_token_id": None, "pad_token_id": 0}
@@ -52,26 +53,21 @@ def main() -> None:
     model.eval()
     prompts = torch.randint(2, shape.vocab, (options["rows"], options["prompt"]))
     mask = torch.ones_like(prompts)
-    room = min(options["tokens"], shape.length - options["prompt"])
+    tokens = options["tokens"]
 
-    def run() -> int:
-        out = model.generate(
-            prompts, attention_mask=mask, do_sample=False, max_new_tokens=room, min_new_tokens=room
+    def step() -> float:
+        made = model.generate(
+            prompts,
+            attention_mask=mask,
+            do_sample=False,
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
         )
-        return (out.shape[1] - prompts.shape[1]) * out.shape[0]
+        if made.shape != (options["rows"], options["prompt"] + tokens):
+            raise RuntimeError(f"generate returned {tuple(made.shape)}")
+        return 0.0
 
-    run()
-    started = time.perf_counter()
-    tokens = run()
-    print(
-        json.dumps(
-            {
-                "tokens_per_second": tokens / (time.perf_counter() - started),
-                "tokens": tokens,
-                "rows": options["rows"],
-            }
-        )
-    )
+    serve(step, {"torch": torch.__version__, "transformers": transformers.__version__})
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import numpy as np
 
 from paxlike import parallel
 from scripts.benchmarks import paxlike_step
-from scripts.benchmarks.protocol import cpu_seconds
+from scripts.benchmarks.protocol import cpu_seconds, serve
 from scripts.benchmarks.shapes import SHAPES
 
 
@@ -101,8 +101,8 @@ def checkpoint(shape: str, saves: int, steps: int) -> dict[str, float]:
     }
 
 
-def decode(shape: str, rows: int, prompt: int, tokens: int, family: str) -> dict[str, float]:
-    """The second of two runs: the first one compiles."""
+def decode(shape: str, rows: int, prompt: int, tokens: int, family: str) -> None:
+    """A worker (`protocol.serve`) whose step generates `tokens` tokens in each of `rows` rows."""
     from paxlike.decode import Generator, SamplingOptions
 
     size = SHAPES[shape]
@@ -117,12 +117,14 @@ def decode(shape: str, rows: int, prompt: int, tokens: int, family: str) -> dict
         length = min(size.length, prompt + tokens + 8)
         generator = Generator(model, variables, _Letters(size.vocab), options, max_length=length)
         prompts = [chr(97 + i) * prompt for i in range(rows)]
-        generator.generate(prompts)
-        started = time.perf_counter()
-        results = generator.generate(prompts)
-        seconds = time.perf_counter() - started
-    made = sum(len(result.tokens) for result in results)
-    return {"tokens_per_second": made / seconds, "tokens": made, "rows": rows}
+
+        def step() -> float:
+            made = sum(len(result.tokens) for result in generator.generate(prompts))
+            if made != rows * tokens:
+                raise RuntimeError(f"{made} tokens were made, not {rows} x {tokens}")
+            return 0.0
+
+        serve(step, {"jax": jax.__version__})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,4 +144,6 @@ class _Letters:
 
 
 if __name__ == "__main__":
-    print(json.dumps(globals()[sys.argv[1]](**json.loads(sys.argv[2]))))
+    numbers = globals()[sys.argv[1]](**json.loads(sys.argv[2]))
+    if numbers is not None:  # a worker has said its own
+        print(json.dumps(numbers))

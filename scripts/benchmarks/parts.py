@@ -10,7 +10,8 @@ import tempfile
 import time
 from typing import Any
 
-from scripts.benchmarks.protocol import ROOT, environment
+from scripts.benchmarks import steps
+from scripts.benchmarks.protocol import ROOT, Worker, environment
 
 
 def compile_time(options: argparse.Namespace) -> dict[str, Any]:
@@ -97,22 +98,23 @@ def checkpoint(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def decode(options: argparse.Namespace) -> dict[str, Any]:
-    """Greedy tokens per second, all rows together, beside Hugging Face's `generate` on models of the same size."""
-    shape = "smoke" if options.smoke else "tiny"
-    size = {"shape": shape, "rows": 8, "prompt": 8, "tokens": 16 if options.smoke else 128}
-    families = {"gpt": "GPT-2", "llama": "LLaMA"}
+    """Greedy generation, all rows together, beside Hugging Face's `generate` on models of the same size, in turns."""
+    rows, prompt, tokens = 8, 8, 16 if options.smoke else 128
+    cases = [("smoke", "gpt"), ("smoke", "llama")]
+    if not options.smoke:
+        cases = [("tiny", "gpt"), ("tiny", "llama"), ("512", "llama")]
     result: dict[str, Any] = {}
-    for _ in range(1 if options.smoke else 3):
-        for family, title in families.items():
-            arguments = {**size, "family": family}
-            result.setdefault(f"paxlike, {title}", []).append(_job("decode", arguments))
-            if options.torch_python:
-                script = str(ROOT / "scripts" / "benchmarks" / "hf_generate.py")
-                found = _run([options.torch_python, script, json.dumps(arguments)])
-                result.setdefault(f"hugging face, {title}", []).append(found)
-    for name, runs in result.items():
-        best = max(runs, key=lambda run: run["tokens_per_second"])
-        _print(f"{name}, best of {len(runs)}", best)
+    for shape, family in cases:
+        arguments = {"shape": shape, "rows": rows, "prompt": prompt, "tokens": tokens}
+        arguments = json.dumps({**arguments, "family": family})
+        command = [sys.executable, "-m", "scripts.benchmarks.jobs", "decode", arguments]
+        workers = [Worker("paxlike", command)]
+        if options.torch_python:
+            script = str(ROOT / "scripts" / "benchmarks" / "hf_generate.py")
+            workers.append(Worker("hugging face", [options.torch_python, script, arguments]))
+        title = f"{family} {shape}"
+        result[title] = steps.take_turns(workers, options.rounds, options.steps, rows * tokens)
+        steps.show(title, result[title])
     return result
 
 

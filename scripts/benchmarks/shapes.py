@@ -39,6 +39,7 @@ SHAPES = {
     "smoke": Shape(layers=2, width=32, heads=4, hidden=64, length=32, rows=4, vocab=64),
     "host": Shape(layers=12, width=32, heads=2, hidden=64, length=8, rows=1, vocab=64),
     "tiny": Shape(layers=4, width=256, heads=4, hidden=1024, length=256, rows=8, vocab=8192),
+    "512": Shape(layers=8, width=512, heads=8, hidden=2048, length=256, rows=8, vocab=8192),
     "126m-slice": Shape(
         layers=2, width=768, heads=12, hidden=3072, length=512, rows=2, vocab=50304
     ),

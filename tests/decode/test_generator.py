@@ -11,6 +11,9 @@ from flax import linen as nn
 
 from paxlike import parallel
 from paxlike.decode import Generator, SamplingOptions
+from paxlike.ops import attention_kernels as kernels
+from paxlike.ops import platform
+from paxlike.ops.kernel_check import KernelCheck
 from paxlike.train.state import abstract_variables
 
 PROMPTS = ["hello", "", "a longer prompt, of 33 characters", "abc", "The quick"]
@@ -43,9 +46,16 @@ def naive_greedy(model, variables, tokenizer, prompt, options, max_length=MAX_LE
     return ids[start:]
 
 
-@pytest.mark.parametrize("kv_heads", [None, 2], ids=["heads", "grouped"])
-@pytest.mark.parametrize("scan", [True, False], ids=["scan", "unrolled"])
-def test_cached_logits_equal_the_full_forward_pass_at_every_position(decoder, scan, kv_heads):
+@pytest.mark.parametrize(
+    ("kv_heads", "scan", "copies"),
+    [(None, True, False), (2, False, False), (2, True, True), (None, False, True)],
+    ids=["heads, scan", "grouped, unrolled", "grouped, apart", "heads, apart"],
+)
+def test_cached_logits_equal_the_full_forward_pass_at_every_position(
+    decoder, monkeypatch, kv_heads, scan, copies
+):
+    if not copies:  # as on an accelerator
+        monkeypatch.setattr(platform, "CPU_COPY_BYTES", -1)
     model = decoder(scan=scan, kv_heads=kv_heads)
     variables = nn.unbox(jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 4), jnp.int32)))
     rng = np.random.default_rng(0)
@@ -75,6 +85,7 @@ def test_cached_logits_equal_the_full_forward_pass_at_every_position(decoder, sc
     for j in range(more):
         column = np.stack([r[n + j : n + j + 1] for r, n in zip(rows, lengths)])
         logits, cache = step(cache, column, lengths + j)
+        assert ("apart" in cache["stack"]) == copies
         wanted = np.stack([expected[i, n + j] for i, n in enumerate(lengths)])
         np.testing.assert_allclose(logits, wanted, rtol=1e-5, atol=1e-5)
 
@@ -301,3 +312,21 @@ def test_bfloat16_compute(decoder, variables, tokenizer):
     )
     assert len(results[0].tokens) == GREEDY.max_tokens
     assert np.isfinite(results[0].logprobs).all()
+
+
+def test_a_wrong_kernel_is_not_used_for_the_prompt(
+    tmp_path, monkeypatch, model, variables, tokenizer
+):
+    tiles = kernels.find("chunked")
+    lost = lambda q, k, v, *_, **how: 0 * tiles.attend(q, k, v, *_, **how)
+    planted = (dataclasses.replace(tiles, attend=lost), kernels.find("reference"))
+    monkeypatch.setattr("paxlike.ops.chunked_attention.BLOCK", 16)
+    for name, value in (("LONG", 16), ("REFUSED", {}), ("KERNELS", planted)):
+        monkeypatch.setattr(kernels, name, value)
+    said: list[str] = []
+    options = dataclasses.replace(GREEDY, max_tokens=1)
+    check = {"kernels": KernelCheck(folder=str(tmp_path)), "say": said.append}
+    generator = Generator(model, variables, tokenizer, options, max_length=MAX_LENGTH, **check)
+    (found,) = generator.generate(PROMPTS[:1])
+    assert [line.partition(":")[0] for line in said] == ["checked", "chunked attention is not used"]
+    assert found.tokens == naive_greedy(model, variables, tokenizer, PROMPTS[0], options)

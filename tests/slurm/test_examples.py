@@ -24,7 +24,7 @@ def prepare(script: str, source, data_dir) -> None:
 def one_process(folder, config: str, flags: str) -> None:
     """The same run as one process of two devices, to compare with."""
     environ = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
-    environ.pop("XLA_FLAGS", None)
+    environ["XLA_FLAGS"] = runs.QUICK_COMPILE
     words = [sys.executable, "main.py", f"--fdl_config={config}", f"--job_log_dir={folder}"]
     done = subprocess.run(
         [*words, *flags.split()], env=environ, cwd=ROOT, capture_output=True, text=True
