@@ -25,6 +25,7 @@ from pathlib import Path
 # because it was measured to be the fastest, which may be another one another day. It does what the other two flags
 # below do (openxla/xla, pull request 12520).
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+_TE_ALLOWS = "NVTE_ALLOW_NONDETERMINISTIC_ALGO"  # in Transformer Engine's attention
 _TRUE = ("", "true", "1")  # "": a bare flag
 _DETERMINISTIC_VALUES = {
     "--xla_gpu_deterministic_ops": _TRUE,
@@ -63,6 +64,11 @@ def make_deterministic(environ: MutableMapping[str, str]) -> None:
             raise ValueError(
                 f"DETERMINISTIC=True, but XLA_FLAGS has {flag}={value}: take it out, or set DETERMINISTIC=False"
             )
+    if environ.get(_TE_ALLOWS, "0") != "0":
+        raise ValueError(
+            f"DETERMINISTIC=True, but {_TE_ALLOWS}={environ[_TE_ALLOWS]}: take it out, or set DETERMINISTIC=False"
+        )
+    environ[_TE_ALLOWS] = "0"
     environ.setdefault("NCCL_ALGO", "Ring")  # sums in an order that the devices alone decide
     if not is_deterministic(environ):
         environ["XLA_FLAGS"] = f"{environ.get('XLA_FLAGS', '')} {DETERMINISTIC}".strip()

@@ -181,32 +181,43 @@ def results(options: argparse.Namespace, runs: list[tuple[str, str, int]]) -> di
 
 
 def draw(options: argparse.Namespace, runs: list[tuple[str, str, int]], output: Path) -> None:
-    """Training loss, mean over the seeds, smoothed, and the held-out losses of all of them."""
+    """Training loss, mean over the seeds, smoothed, with all held-out losses; below, how far FP8 is above bfloat16."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, every = pyplot.subplots(
-        1, len(FAMILIES), figsize=(10, 4.2), sharey=True, layout="constrained"
-    )
-    for axes, family in zip(every, FAMILIES, strict=True):
-        for kind, label, color in (("bf16", "bfloat16", "#0072B2"), ("fp8", "FP8", "#D55E00")):
-            mine = [run for run in runs if run[:2] == (family, kind)]
-            histories = [read_history(directory(options, *run)) for run in mine]
-            steps = histories[0].series("loss")[0]
+        2, len(FAMILIES), figsize=(10, 6), sharex=True, sharey="row", layout="constrained",
+        height_ratios=(2, 1),
+    )  # fmt: skip
+    styles = {"bf16": ("bfloat16", "#56B4E9", 5.0), "fp8": ("FP8", "#D55E00", 1.2)}
+    for axes, below, family in zip(*every, FAMILIES, strict=True):
+        smooth, held = {}, {}
+        for kind, (label, color, width) in styles.items():
+            histories = [
+                read_history(directory(options, *run)) for run in runs if run[:2] == (family, kind)
+            ]
+            steps = np.array(histories[0].series("loss")[0])
             losses = np.mean([history.series("loss")[1] for history in histories], axis=0)
-            width = max(1, len(steps) // 20)
-            smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
-            axes.plot(steps[width - 1 :], smooth, color=color, label=label, linewidth=1.4)
-            for history in histories:
-                (split,) = history.evaluations
-                points = history.series("loss", split=split)
-                axes.plot(*points, "o", color=color, markersize=4, alpha=0.6)
-        axes.set(title=f"{family}, {len(options.seeds)} seeds", xlabel="steps")
-        axes.grid(alpha=0.3)
+            window = max(1, len(steps) // 20)
+            smooth[kind] = np.convolve(losses, np.ones(window) / window, mode="valid")
+            axes.plot(steps[window - 1 :], smooth[kind], color=color, label=label, linewidth=width)
+            (split,) = histories[0].evaluations
+            evaluated = histories[0].series("loss", split=split)[0]
+            held[kind] = np.array([h.series("loss", split=split)[1] for h in histories])
+            axes.plot(evaluated, held[kind].T, "o", color=color, markersize=2.5 + width)
+        percent = lambda of: 100 * (of["fp8"] / of["bf16"] - 1)
+        below.plot(steps[window - 1 :], percent(smooth), color=color, linewidth=1.2)
+        below.plot(evaluated, percent(held).T, "o", color=color, markersize=3.5)
+        below.axhspan(-AIM, AIM, color="0.92", zorder=0)
+        axes.set_title(f"{family}, {len(options.seeds)} seeds")
         axes.legend()
-    every[0].set_ylabel("loss (nats per token); dots: held out")
+        below.set_xlabel("steps")
+        for one in (axes, below):
+            one.grid(alpha=0.3)
+    every[0, 0].set_ylabel("loss (nats per token); dots: held out")
+    every[1, 0].set_ylabel("over bfloat16, %; grey: aim")
     figure.savefig(output, dpi=150)
     pyplot.close(figure)
 

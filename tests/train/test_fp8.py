@@ -13,6 +13,7 @@ from parallel import meshes
 from paxlike import parallel
 from paxlike.checkpoint import Checkpointer
 from paxlike.layers.block import Block
+from paxlike.layers.experts import ExpertLinear
 from paxlike.layers.feedforward import FeedForward
 from paxlike.layers.linear import Linear
 from paxlike.layers.lora import TRAINABLE, Lora
@@ -360,6 +361,19 @@ def test_experts_are_nearly_those_in_float32(of_experts):
 def test_experts_see_the_same_on_every_mesh(sizes, options, of_experts):
     variables, one = of_experts
     assert_same(loss_and_seen(experts_of(**options), variables, sizes), one)
+
+
+def test_adapters_beside_experts():
+    layer = ExpertLinear(4, 16, 32, ("expert_embed", "mlp"), dot_general_cls=Fp8("current"))
+    adapted = layer.clone(adapter=Lora(rank=2, alpha=4.0))
+    x = rows()[:4]
+    params = nn.unbox(adapted.init(jax.random.key(0), x))["params"]
+    a, b = params["lora"]["a"], jnp.ones_like(params["lora"]["b"])
+    found = adapted.apply({"params": {**params, "lora": {"a": a, "b": b}}}, x)
+    plain = layer.apply({"params": {"kernel": params["kernel"]}}, x)
+    thin = 2.0 * jnp.einsum("enp,epr,erq->enq", x, a, b)
+    np.testing.assert_allclose(found, plain + thin, rtol=1e-5, atol=1e-5)
+    assert not np.array_equal(plain, jnp.einsum("enp,epq->enq", x, params["kernel"]))
 
 
 def test_sizes_that_are_no_multiple_of_sixteen():
