@@ -5,8 +5,9 @@
 #   docker run --gpus all --ipc=host -v "$PWD/runs:/runs" paxlike \
 #       --fdl_config=configs.gpt.Synthetic126M --job_log_dir=/runs/synthetic
 #
-# Not built yet: where it was written there was no Docker engine. Its package lists were resolved
-# there, and the Transformer Engine recipe was run by hand on Python 3.12 with CUDA 13 headers.
+# Not built yet: where it was written there was no Docker engine. There its lists of Python packages
+# were resolved (Python 3.12, with hashes), hadolint was content, and the Transformer Engine recipe
+# was run by hand on Python 3.12 with CUDA 13 headers. Ubuntu's packages were not looked up.
 #
 # CUDA, cuDNN and NCCL come as wheels with jax[cuda13]; the host gives the driver (580 or newer).
 
@@ -63,10 +64,12 @@ ENV XLA_PYTHON_CLIENT_MEM_FRACTION=0.85
 
 # --- paxlike itself, last: a change of source rebuilds only this.
 FROM ${VARIANT}
+WORKDIR /opt/paxlike
 COPY . .
 RUN uv pip install --no-deps --no-build-isolation --editable . \
     && useradd --create-home --uid 10001 paxlike \
     && mkdir /runs && chown paxlike /runs
-USER paxlike
+# By number: Kubernetes' runAsNonRoot knows no names.
+USER 10001
 ENTRYPOINT ["python", "/opt/paxlike/main.py"]
 CMD ["--help"]

@@ -1,14 +1,15 @@
 """DeepSeek-V2 and V3: latent attention, many narrow experts beside shared ones, dense layers first.
 
 Sources: the reports on DeepSeek-V2 and DeepSeek-V3 (2024), Dai et al. 2024 (DeepSeekMoE), Wang et al. 2024 (balancing
-by a bias), and the `config.json` that is published with each. Positions are not stretched (the published models use
-YaRN), and there is no multi-token prediction.
+by a bias), and the `config.json` that is published with each. There is no multi-token prediction.
 """
 
+import copy
 from typing import Annotated, Any
 
 import fiddle as fdl
 
+from configs.knobs import replace
 from configs.llama import BaseLLaMA
 from configs.moe import MoEKnobs
 from configs.optimization import NORMS_AND_BIASES
@@ -32,6 +33,9 @@ class DeepSeekKnobs(MoEKnobs, BaseLLaMA, abstract=True):
     ROPE_LAYOUT = "interleaved"
     RMS_NORM_EPSILON = 1e-6
     WEIGHT_DECAY_EXCLUDE = NORMS_AND_BIASES
+    ROPE_SCALING = "yarn"
+    ROPE_SCALING_FACTOR = 40.0
+    ROPE_ORIGINAL_LEN = 4096
 
 
 class DeepSeek(DeepSeekKnobs, abstract=True):
@@ -42,19 +46,15 @@ class DeepSeek(DeepSeekKnobs, abstract=True):
         first, layers = self.FIRST_DENSE_LAYERS, self.NUM_LAYERS
         if not 0 <= first < layers:
             raise ValueError(f"FIRST_DENSE_LAYERS={first} is not between 0 and NUM_LAYERS={layers}")
-        stages = self.mesh().shape.get("pipeline", 1)
-        if first and stages > 1:
-            raise ValueError(
-                f"FIRST_DENSE_LAYERS={first} cannot be used with {stages} pipeline stages: set it to 0, or leave out "
-                "the pipeline"
-            )
-        model = super().model()
-        model.stack.repeats = layers - first
-        if first:
-            prefix = self.stack(self.block_of(self.dense()))
-            prefix.repeats = first
-            prefix.remat_layers = "all"
-            model.prefix = prefix
+        if not first:
+            return super().model()
+        model = replace(self, NUM_LAYERS=layers - first, FIRST_DENSE_LAYERS=0).model()
+        # In front of a pipeline, not in it: all stages share its rows.
+        model.prefix = copy.deepcopy(model.stack)
+        model.prefix.period = (self.block_of(self.dense()),)
+        model.prefix.repeats = first
+        model.prefix.remat_layers = "all"
+        model.prefix.pipeline = None
         return model
 
     def block(self, *, local: bool) -> fdl.Config[Block]:
@@ -79,6 +79,8 @@ class DeepSeek(DeepSeekKnobs, abstract=True):
 
     def mixer(self, *, local: bool) -> fdl.Config[LatentAttention]:
         """Latent attention."""
+        scaling = self.stretch()
+        factor = 1.0 if scaling is None else fdl.build(scaling).score_factor
         return fdl.Config(
             LatentAttention,
             num_heads=self.NUM_HEADS,
@@ -92,6 +94,7 @@ class DeepSeek(DeepSeekKnobs, abstract=True):
             key_rank=self.KEY_RANK,
             query_latent_norm=None if self.QUERY_RANK is None else self.norm(),
             key_latent_norm=self.norm(),
+            query_scale=None if factor == 1.0 else factor * self.head_dim() ** -0.5,
             implementation=self.attention_backend(),
             **self.projections(),
         )
@@ -145,6 +148,8 @@ class DeepSeekV2Lite(DeepSeek):
     NUM_EXPERTS_PER_TOKEN = 6
     NUM_SHARED_EXPERTS = 2
     RENORMALIZE_GATES = False
+    ROPE_MSCALE = 0.707
+    ROPE_MSCALE_ALL_DIM = 0.707
     LOAD_BALANCING_WEIGHT = 0.001
     PERCORE_BATCH_SIZE = 4
 
@@ -168,6 +173,8 @@ class DeepSeekV3(DeepSeek):
     EXPERT_GROUPS = 8
     EXPERT_GROUPS_PER_TOKEN = 4
     ROUTER_BIAS_RATE = 0.001
+    ROPE_MSCALE = 1.0
+    ROPE_MSCALE_ALL_DIM = 1.0
     LOAD_BALANCING_WEIGHT = 0.0001
     DCN_MESH_SHAPE = (1, 64, 1)
     PERCORE_BATCH_SIZE = 2

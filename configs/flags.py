@@ -18,12 +18,12 @@ from typing import Any
 from configs.cli import resolve as _resolve
 from configs.cli.environment import environment_knobs, job_end_time
 from configs.cli.help import help_text, usage_text
-from configs.cli.nearest import ask, nearest
 from configs.cli.registry import find_config, list_configs
 from configs.cli.request import FLAGS, Request, split
 from configs.cli.resolve import Resolved
 from configs.cli.tree import flat_text
 from configs.cli.values import UsageError
+from paxlike.nearest import ask, nearest
 
 __all__ = [
     "Request",

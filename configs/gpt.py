@@ -8,8 +8,7 @@ from typing import Annotated, Any
 import fiddle as fdl
 
 from configs.data import EvaluatesOnly, SyntheticData
-from configs.optimization import NORMS_AND_BIASES
-from configs.transformer import TransformerKnobs
+from configs.transformer import QuickstartRun, TransformerKnobs
 from paxlike.layers.attention import Attention
 from paxlike.layers.block import Block
 from paxlike.layers.embedding import LearnedPosition
@@ -175,32 +174,14 @@ class Lambada126M(EvaluatesOnly, Pile126M):
     EVAL_SETS = ("LambadaValidation",)
 
 
-class Quickstart(GPT):
+class Quickstart(QuickstartRun, GPT):
     """A small GPT on the text that comes with Python; minutes on a laptop."""
 
     NUM_LAYERS = 4
     NUM_HEADS = 4
     MODEL_DIMS = 128
     HIDDEN_DIMS = 512
-    VOCAB_SIZE = 4096
-    MAX_SEQ_LEN = 256
     INIT_STD = 0.02
-    ICI_MESH_SHAPE = (-1, 1, 1)
-    PERCORE_BATCH_SIZE = 8
-    FPROP_DTYPE = "float32"
-    PACKED_INPUT = True
-    MAX_STEPS = 1200
-    LEARNING_RATE = 3e-3
-    LR_COS_WARMUP = 60
-    LR_COS_DECAY_START = 61
-    LR_COS_DECAY_END = 1200
-    WEIGHT_DECAY_EXCLUDE = NORMS_AND_BIASES
-    EVAL_SETS = ("HeldOut",)
-    EVAL_ON_TEST = True
-    EVAL_INTERVAL_STEPS = 200
-    SUMMARY_INTERVAL_STEPS = 10
-    CHECKPOINT_EVERY_N_STEPS = 200
-    CHECKPOINT_MAX_TO_KEEP = 2
 
 
 GPT5B = Pile5B

@@ -22,8 +22,8 @@ from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from configs.cli import values
-from configs.cli.nearest import did_you_mean
 from configs.cli.values import UsageError
+from paxlike.nearest import did_you_mean
 
 if typing.TYPE_CHECKING:
     import fiddle as fdl

@@ -57,7 +57,7 @@ class RunKnobs(Knobs):
         "compiler flags; auto: gpu where there is an NVIDIA GPU, else none",
     ] = "auto"
     CHECK_KERNELS: Annotated[
-        bool, "compare fast kernels with the plain ones before the first training on a machine"
+        bool, "compare fast kernels with the plain ones before their first use on a machine"
     ] = True
     SPIKE_SIGMAS: Annotated[
         float, "standard deviations above the median that make a loss a spike, 0: only non-finite"

@@ -9,8 +9,7 @@ from typing import Annotated, Any, Literal
 import fiddle as fdl
 
 from configs.lora import LoraKnobs
-from configs.optimization import NORMS_AND_BIASES
-from configs.transformer import TransformerKnobs
+from configs.transformer import QuickstartRun, TransformerKnobs
 from paxlike.layers.attention import Attention
 from paxlike.layers.block import Block
 from paxlike.layers.norm import RMSNorm
@@ -40,7 +39,7 @@ class LlamaKnobs(TransformerKnobs, abstract=True):
         "pairs of features: Hugging Face's, or Meta's and Pax's; imported weights are turned to it",
     ] = "half"
     ROPE_SCALING: Annotated[
-        Literal["linear", "llama3"] | None, "stretches wavelengths for long rows"
+        Literal["linear", "llama3", "yarn"] | None, "stretches wavelengths for long rows"
     ] = None
     ROPE_SCALING_FACTOR: Annotated[float, "of the stretch"] = 8.0
     ROPE_LOW_FREQ_FACTOR: Annotated[float, "llama3: wavelengths above original / this are long"] = (
@@ -49,7 +48,17 @@ class LlamaKnobs(TransformerKnobs, abstract=True):
     ROPE_HIGH_FREQ_FACTOR: Annotated[
         float, "llama3: wavelengths below original / this are left alone"
     ] = 4.0
-    ROPE_ORIGINAL_LEN: Annotated[int, "llama3: tokens of a row in pretraining"] = 8192
+    ROPE_ORIGINAL_LEN: Annotated[int, "llama3, yarn: tokens of a row in pretraining"] = 8192
+    ROPE_BETA_FAST: Annotated[
+        float, "yarn: pairs that turn more often in a row of pretraining are left alone"
+    ] = 32.0
+    ROPE_BETA_SLOW: Annotated[float, "yarn: pairs that turn less often are stretched whole"] = 1.0
+    ROPE_MSCALE: Annotated[
+        float | None, "yarn: weight of ln(factor) in the size of turned features; None: 1"
+    ] = None
+    ROPE_MSCALE_ALL_DIM: Annotated[
+        float | None, "yarn: the same for what that is divided by; DeepSeek: for scores, too"
+    ] = None
     SLIDING_WINDOW: Annotated[int | None, "keys a query sees in local layers; None: all"] = None
     LOCAL_LAYERS_PER_GLOBAL: Annotated[
         int | None, "local layers before each global one; None: all are local if there is a window"
@@ -146,19 +155,31 @@ class Llama(LlamaKnobs, abstract=True):
         """Rotary positions; local layers may have wavelengths of their own."""
         if local and self.LOCAL_ROPE_THETA is not None:
             return fdl.Config(Rope, theta=self.LOCAL_ROPE_THETA, layout=self.ROPE_LAYOUT)
-        scaling = fdl.Config(
+        return fdl.Config(
+            Rope,
+            theta=self.ROPE_THETA,
+            layout=self.ROPE_LAYOUT,
+            scaling=self.stretch(),
+        )
+
+    def stretch(self) -> fdl.Config[RopeScaling] | None:
+        """How wavelengths are stretched."""
+        yarn: dict[str, Any] = {
+            "beta_fast": self.ROPE_BETA_FAST,
+            "beta_slow": self.ROPE_BETA_SLOW,
+            "mscale": self.ROPE_MSCALE,
+            "mscale_all_dim": self.ROPE_MSCALE_ALL_DIM,
+        }
+        if self.ROPE_SCALING is None:
+            return None
+        return fdl.Config(
             RopeScaling,
             kind=self.ROPE_SCALING,
             factor=self.ROPE_SCALING_FACTOR,
             low_frequency_factor=self.ROPE_LOW_FREQ_FACTOR,
             high_frequency_factor=self.ROPE_HIGH_FREQ_FACTOR,
             original_length=self.ROPE_ORIGINAL_LEN,
-        )
-        return fdl.Config(
-            Rope,
-            theta=self.ROPE_THETA,
-            layout=self.ROPE_LAYOUT,
-            scaling=None if self.ROPE_SCALING is None else scaling,
+            **(yarn if self.ROPE_SCALING == "yarn" else {}),
         )
 
     def kv_heads(self) -> int:
@@ -248,6 +269,14 @@ class Llama(LlamaKnobs, abstract=True):
                 "high_freq_factor": self.ROPE_HIGH_FREQ_FACTOR,
                 "original_max_position_embeddings": self.ROPE_ORIGINAL_LEN,
             }
+        if self.ROPE_SCALING == "yarn":
+            scaling |= {
+                "original_max_position_embeddings": self.ROPE_ORIGINAL_LEN,
+                "beta_fast": self.ROPE_BETA_FAST,
+                "beta_slow": self.ROPE_BETA_SLOW,
+            }
+            mscale = {"mscale": self.ROPE_MSCALE, "mscale_all_dim": self.ROPE_MSCALE_ALL_DIM}
+            scaling |= {name: value for name, value in mscale.items() if value is not None}
         if self.LOCAL_ROPE_THETA is None:
             return {"rope_theta": self.ROPE_THETA, "rope_scaling": scaling}
         full = {"rope_type": "default", **(scaling or {}), "rope_theta": self.ROPE_THETA}
@@ -523,7 +552,7 @@ class Gemma3_27B(Gemma3_4B):
     DCN_MESH_SHAPE = (1, 2, 1)
 
 
-class QuickstartLLaMA(LoraKnobs, Llama):
+class QuickstartLLaMA(QuickstartRun, LoraKnobs, Llama):
     """A small LLaMA on the text that comes with Python; minutes on a laptop."""
 
     NUM_LAYERS = 4
@@ -531,24 +560,6 @@ class QuickstartLLaMA(LoraKnobs, Llama):
     NUM_KV_HEADS = 2
     MODEL_DIMS = 128
     HIDDEN_DIMS = 352
-    VOCAB_SIZE = 4096
-    MAX_SEQ_LEN = 256
-    ICI_MESH_SHAPE = (-1, 1, 1)
-    PERCORE_BATCH_SIZE = 8
-    FPROP_DTYPE = "float32"
-    PACKED_INPUT = True
-    MAX_STEPS = 1200
-    LEARNING_RATE = 3e-3
-    LR_COS_WARMUP = 60
-    LR_COS_DECAY_START = 61
-    LR_COS_DECAY_END = 1200
-    WEIGHT_DECAY_EXCLUDE = NORMS_AND_BIASES
-    EVAL_SETS = ("HeldOut",)
-    EVAL_ON_TEST = True
-    EVAL_INTERVAL_STEPS = 200
-    SUMMARY_INTERVAL_STEPS = 10
-    CHECKPOINT_EVERY_N_STEPS = 200
-    CHECKPOINT_MAX_TO_KEEP = 2
 
 
 def _cap(value: float) -> float | None:

@@ -8,6 +8,7 @@ from flax import linen as nn
 
 from configs.fp8 import Fp8Knobs
 from configs.language import LanguageModelKnobs
+from configs.optimization import NORMS_AND_BIASES
 from paxlike import parallel
 from paxlike.layers import remat
 from paxlike.layers.embedding import Embedding
@@ -45,10 +46,10 @@ class TransformerKnobs(Fp8Knobs, LanguageModelKnobs, abstract=True):
         str, "repeats of the blocks that CHECKPOINT_POLICY holds for: all, first:K or every:K"
     ] = "all"
     USE_CUDNN_FLASH_ATTENTION: Annotated[
-        bool | None, "cuDNN attention; None: where it can serve"
+        bool | None, "cuDNN attention, with USE_TE by Transformer Engine; None: where it can serve"
     ] = None
     ATTENTION_KERNEL: Annotated[
-        Literal["auto", "cudnn", "chunked", "reference"], "auto: the fastest that can serve"
+        Literal["auto", "te", "cudnn", "chunked", "reference"], "auto: the fastest that can serve"
     ] = "auto"
 
     def stacks(
@@ -134,13 +135,15 @@ class TransformerKnobs(Fp8Knobs, LanguageModelKnobs, abstract=True):
         asked, given = self.USE_CUDNN_FLASH_ATTENTION, self.ATTENTION_KERNEL
         if asked is None:
             return given
-        if given not in ("auto", "cudnn") if asked else given == "cudnn":
+        if given not in ("auto", "te", "cudnn") if asked else given in ("te", "cudnn"):
             raise ValueError(
                 f"USE_CUDNN_FLASH_ATTENTION={asked} and ATTENTION_KERNEL={given} contradict each other: set one of them"
             )
-        if asked:
-            return "cudnn"
-        return "reference" if given == "auto" else given
+        if not asked:
+            return "reference" if given == "auto" else given
+        if given == "auto":
+            return "fused" if self.USE_TE else "cudnn"
+        return given
 
     def init(self, std: float | None = None) -> fdl.Config[Any]:
         """Gaussian initialiser; a node of its own at each place."""
@@ -161,3 +164,26 @@ class TransformerKnobs(Fp8Knobs, LanguageModelKnobs, abstract=True):
         for name in ("NUM_LAYERS", "NUM_HEADS", "MODEL_DIMS", "HIDDEN_DIMS", "VOCAB_SIZE"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+
+class QuickstartRun(TransformerKnobs, abstract=True):
+    """The run of the quickstart: the text that comes with Python, minutes on a laptop."""
+
+    VOCAB_SIZE = 4096
+    MAX_SEQ_LEN = 256
+    ICI_MESH_SHAPE = (-1, 1, 1)
+    PERCORE_BATCH_SIZE = 8
+    FPROP_DTYPE = "float32"
+    PACKED_INPUT = True
+    MAX_STEPS = 1200
+    LEARNING_RATE = 3e-3
+    LR_COS_WARMUP = 60
+    LR_COS_DECAY_START = 61
+    LR_COS_DECAY_END = 1200
+    WEIGHT_DECAY_EXCLUDE = NORMS_AND_BIASES
+    EVAL_SETS = ("HeldOut",)
+    EVAL_ON_TEST = True
+    EVAL_INTERVAL_STEPS = 200
+    SUMMARY_INTERVAL_STEPS = 10
+    CHECKPOINT_EVERY_N_STEPS = 200
+    CHECKPOINT_MAX_TO_KEEP = 2

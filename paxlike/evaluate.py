@@ -16,10 +16,12 @@ from flax import linen as nn
 from paxlike import parallel
 from paxlike.checkpoint import ModelMismatch, wait_for_new_checkpoint
 from paxlike.log.metric import Metric
+from paxlike.train.program import batch_spec
 from paxlike.train.state import abstract_variables
 
 if TYPE_CHECKING:
     from paxlike.experiment import Experiment
+    from paxlike.ops.kernel_check import KernelCheck, Settled
 
 
 class Interrupted(Exception):
@@ -63,11 +65,25 @@ class Evaluator:
         self.name, self._data, self._max_batches = name, data, max_batches
         self._global_batch = global_batch
         self._sharding = parallel.named_sharding(mesh, ("batch", "length"))
-        replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        self._step = jax.jit(
+        self._mesh, self._task, self._model = mesh, task, model
+        self._step = self._new_step()
+
+    def _new_step(self):
+        task, model = self._task, self._model
+        return jax.jit(
             lambda variables, batch: task.evaluate(model, variables, batch),
-            out_shardings=replicated,
+            out_shardings=jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec()),
         )
+
+    def settle(self, kernels: KernelCheck, abstract: Mapping[str, Any]) -> Settled:
+        """Its program for variables of these shapes with kernels of attention that were compared; nothing runs yet."""
+        spec = self._data.spec(self._global_batch, evaluation=True)
+
+        def trace():
+            self._step = self._new_step()  # the one before keeps the kernels that it chose
+            return self._step.trace(abstract, batch_spec(spec, self._mesh))
+
+        return kernels.settle(trace)
 
     def run(
         self, variables: Mapping[str, Any], *, stopping: Callable[[], bool] | None = None
@@ -169,6 +185,7 @@ def evaluate(
     with experiment.open_log(directory) as log, parallel.activate(mesh, experiment.rules):
         evaluators = make_evaluators(experiment, mesh)
         abstract = abstract_variables(experiment.model, mesh)
+        _settle(experiment, evaluators, abstract, log)
         steps = wait_for_new_checkpoint(source, say=log.progress.write) if follow else [step]
         for wanted in steps:
             try:
@@ -189,6 +206,18 @@ def evaluate(
                 log.evaluate(evaluator.name, weights.step, metrics)
                 _write_result(directory, evaluator.name, weights.step, metrics)
     return 0
+
+
+def _settle(experiment: Experiment, evaluators, abstract, log) -> None:
+    """Compares the kernels that the evaluators are going to use with the reference, and says which they are."""
+    said = ""
+    for evaluator in evaluators if experiment.kernels is not None else ():
+        settled = evaluator.settle(experiment.kernels, abstract)
+        settled.report(log.progress.write, log.warning)
+        if settled.is_news and settled.line != said:
+            said = settled.line
+            log.event("attention", kernels=said)
+            log.progress.write(f"attention: {said}")
 
 
 def _write_result(directory: Path, name: str, step: int, metrics: Mapping[str, Metric]) -> None:

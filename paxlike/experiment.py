@@ -113,7 +113,7 @@ class Experiment:
       initial_weights: what a fresh run starts from, None for random weights.
       weights: how other programs name the weights (`paxlike.weights`), None where none has such a model.
       recorder: which steps are recorded as loss spikes.
-      kernels: what compares fast kernels with plain ones before training (`ops.kernel_check`), None trusts them.
+      kernels: what compares fast kernels with plain ones before they are used (`ops.kernel_check`), None trusts them.
       cluster: time limit, watchdog and start-up check.
       sampling: options of decoding.
       chat: template that makes prompts conversations when decoding, None for plain texts.

@@ -38,7 +38,7 @@ BUNDLES = {
         Bundle("gpu", "any mesh", (_PRODUCTS,)),
         Bundle(
             "gpu-sharded",
-            "weights over several GPUs",
+            "weights or layers over several GPUs",
             (_PRODUCTS,),
             optimization_level="O1",
         ),

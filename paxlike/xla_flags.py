@@ -25,12 +25,21 @@ from pathlib import Path
 # because it was measured to be the fastest, which may be another one another day. It does what the other two flags
 # below do (openxla/xla, pull request 12520).
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+_TE_ALLOWS = "NVTE_ALLOW_NONDETERMINISTIC_ALGO"  # in Transformer Engine's attention
 _TRUE = ("", "true", "1")  # "": a bare flag
 _DETERMINISTIC_VALUES = {
     "--xla_gpu_deterministic_ops": _TRUE,
     "--xla_gpu_exclude_nondeterministic_ops": _TRUE,
     "--xla_gpu_autotune_level": ("0",),
 }
+# Not all of jax, where jaxlib can do it: a fifth of the time.
+_START_XLA = """
+try:
+    from jaxlib.xla_client import make_cpu_client as start
+except ImportError:
+    from jax import devices as start
+start()
+"""
 _UNKNOWN = re.compile(r"Unknown flags? in XLA_FLAGS: (.*)")
 _UNREADABLE = re.compile(r"\] ((?:Couldn't interpret value|Illegal value|Could not open file).*)")
 _NAME = re.compile(
@@ -55,6 +64,11 @@ def make_deterministic(environ: MutableMapping[str, str]) -> None:
             raise ValueError(
                 f"DETERMINISTIC=True, but XLA_FLAGS has {flag}={value}: take it out, or set DETERMINISTIC=False"
             )
+    if environ.get(_TE_ALLOWS, "0") != "0":
+        raise ValueError(
+            f"DETERMINISTIC=True, but {_TE_ALLOWS}={environ[_TE_ALLOWS]}: take it out, or set DETERMINISTIC=False"
+        )
+    environ[_TE_ALLOWS] = "0"
     environ.setdefault("NCCL_ALGO", "Ring")  # sums in an order that the devices alone decide
     if not is_deterministic(environ):
         environ["XLA_FLAGS"] = f"{environ.get('XLA_FLAGS', '')} {DETERMINISTIC}".strip()
@@ -99,8 +113,13 @@ def _report_of_xla(flags: str) -> str:
     """Returns what XLA prints before it gives up on `flags`, or nothing if it accepts them."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("JAX_")}
     env |= {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "0"}
-    command = [sys.executable, "-c", "import jax; jax.devices()"]
-    probe = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace")
+    probe = subprocess.run(
+        [sys.executable, "-c", _START_XLA],
+        env=env,
+        capture_output=True,
+        text=True,
+        errors="replace",
+    )
     return "" if probe.returncode == 0 else probe.stderr or f"status {probe.returncode}"
 
 

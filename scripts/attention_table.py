@@ -16,6 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from paxlike.arguments import ArgumentParser  # noqa: E402
 from paxlike.ops import attention_kernels as kernels  # noqa: E402
 from paxlike.ops import platform  # noqa: E402
 from paxlike.ops.scores import Scores  # noqa: E402
@@ -90,7 +91,7 @@ def _markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="change nothing")

@@ -26,6 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from paxlike.arguments import ArgumentParser  # noqa: E402
 from scripts.benchmarks import suite  # noqa: E402
 
 # Imported when they are asked for: the suite runs where not all of their imports are installed.
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--parts", default="step", help=f"some of {','.join(PARTS)}")

@@ -27,7 +27,7 @@ pip() { "$folder/venv/bin/python" -m pip --quiet --disable-pip-version-check "$@
 pip install "jax[cuda13]==$jax" flax "pybind11[global]" "nvidia-cudnn-frontend>=1.25.0" setuptools wheel \
   ninja cmake nvidia-nvtx nvidia-curand packaging pydantic importlib-metadata
 # What paxlike and its tests need.
-pip install -e "$here[test]" "jax==$jax"
+pip install -e "${here}[test]" "jax==$jax"
 
 if ! ls "$folder"/wheels/transformer_engine_jax-*.whl >/dev/null 2>&1; then
   NVTE_BUILD_USE_NVIDIA_WHEELS=1 CPLUS_INCLUDE_PATH=$cuda/include CUDA_VERSION=13.0 MAX_JOBS=${MAX_JOBS:-2} \

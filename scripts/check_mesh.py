@@ -27,13 +27,14 @@ from flax import linen as nn  # noqa: E402
 
 from configs import flags  # noqa: E402
 from paxlike import parallel  # noqa: E402
+from paxlike.arguments import ArgumentParser  # noqa: E402
 from paxlike.experiment import Experiment  # noqa: E402
 from paxlike.train.state import abstract_variables  # noqa: E402
 
 
 def main() -> int:
     """Returns 1 where the mesh and one device disagree."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tolerance", type=float, default=1e-5)

@@ -1,10 +1,12 @@
 """Whether training in FP8 learns the same: a small GPT and a small LLaMA, bfloat16 beside FP8, several seeds.
 
-    python scripts/fp8_curves.py FOLDER [--steps 1000] [--seeds 0 1 2] [--recipe delayed] [--output docs/benchmarks]
+    python scripts/fp8_curves.py FOLDER [--steps 1000] [--seeds 0 1 2] [--recipe delayed] [--warmup 200]
+        [--output docs/benchmarks]
 
 Text and tokenizer are those of the quickstart (the library of this Python); nothing is downloaded. Run again, it goes
-on where it stopped. Writes `fp8_curves.json` (held-out losses of each run, means, and the difference in percent) and
-`fp8_curves.png` to `--output`. FP8 is imitated on a CPU: the numbers are those of its rounding, the speed is not.
+on where it stopped. Writes `fp8_curves.json` (held-out losses of each run, means, and the difference in percent, of the
+means and of each seed) and `fp8_curves.png` to `--output`. FP8 is imitated on a CPU: the numbers are those of its
+rounding, the speed is not.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from paxlike.arguments import ArgumentParser  # noqa: E402
 from paxlike.log.history import read_history  # noqa: E402
 
 AIM = 0.5  # percent of the held-out loss
@@ -47,14 +50,17 @@ SIZES = {
 
 def main() -> int:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path, help="for the runs")
     parser.add_argument("--steps", type=int, default=1000, help="of each run (%(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--recipe", default="delayed", choices=("delayed", "current"))
     parser.add_argument("--amax_history", type=int, default=1024, help="delayed (%(default)s)")
+    parser.add_argument("--warmup", type=int, help="steps (a fifth of --steps); see docs/fp8.md")
     parser.add_argument("--output", type=Path, help="for the JSON file and the picture (FOLDER)")
     options = parser.parse_args()
+    if options.warmup is None:
+        options.warmup = max(1, options.steps // 5)
     data = prepare(options.folder / "data")
     runs = [
         (family, kind, seed)
@@ -73,7 +79,9 @@ def main() -> int:
     for family, numbers in found["families"].items():
         print(
             f"{family}: held-out loss {numbers['bf16']:.4f} in bfloat16, {numbers['fp8']:.4f} in FP8, "
-            f"{numbers['difference_percent']:+.2f} %"
+            f"{numbers['difference_percent']:+.2f} % ("
+            + ", ".join(f"{percent:+.2f}" for percent in numbers["difference_percent_by_seed"])
+            + " % by seed)"
         )
     if any(abs(n["difference_percent"]) > AIM for n in found["families"].values()):
         print(f"more than {AIM} % apart", file=sys.stderr)
@@ -103,8 +111,8 @@ def train(options: argparse.Namespace, data: Path, family: str, kind: str, seed:
     knobs: dict[str, Any] = {
         **SIZES,
         "MAX_STEPS": options.steps,
-        "LR_COS_WARMUP": max(1, options.steps // 20),
-        "LR_COS_DECAY_START": max(1, options.steps // 20) + 1,
+        "LR_COS_WARMUP": options.warmup,
+        "LR_COS_DECAY_START": options.warmup + 1,
         "LR_COS_DECAY_END": options.steps,
         "SEED": seed,
         "TRAIN_INPUT_RANDOM_SEED": seed,
@@ -134,10 +142,10 @@ def train(options: argparse.Namespace, data: Path, family: str, kind: str, seed:
 
 
 def directory(options: argparse.Namespace, family: str, kind: str, seed: int) -> Path:
-    """The log folder of a run; other steps or another recipe are other runs."""
+    """The log folder of a run; other steps, another warm-up or recipe are other runs."""
     recipe = options.recipe + (str(options.amax_history) if options.recipe == "delayed" else "")
     name = f"{family}_{kind if kind == 'bf16' else f'{kind}_{recipe}'}_{seed}"
-    return (options.folder / f"{options.steps}_steps" / name).resolve()
+    return (options.folder / f"{options.steps}_steps_{options.warmup}_warmup" / name).resolve()
 
 
 def results(options: argparse.Namespace, runs: list[tuple[str, str, int]]) -> dict[str, Any]:
@@ -150,55 +158,66 @@ def results(options: argparse.Namespace, runs: list[tuple[str, str, int]]) -> di
         listed.append(
             {"family": family, "kind": kind, "seed": seed, "steps": steps, "held_out": losses}
         )
+    last = {(r["family"], r["kind"], r["seed"]): r["held_out"][-1] for r in listed}
+    percent = lambda fp8, bf16: 100 * (fp8 / bf16 - 1)
     families = {}
     for family in FAMILIES:
-        mean = {
-            kind: float(
-                np.mean(
-                    [
-                        r["held_out"][-1]
-                        for r in listed
-                        if (r["family"], r["kind"]) == (family, kind)
-                    ]
-                )
-            )
-            for kind in ("bf16", "fp8")
+        of = {
+            kind: [last[family, kind, seed] for seed in options.seeds] for kind in ("bf16", "fp8")
         }
-        families[family] = {**mean, "difference_percent": 100 * (mean["fp8"] / mean["bf16"] - 1)}
+        mean = {kind: float(np.mean(losses)) for kind, losses in of.items()}
+        by_seed = [percent(*pair) for pair in zip(of["fp8"], of["bf16"], strict=True)]
+        families[family] = {
+            **mean,
+            "difference_percent": percent(mean["fp8"], mean["bf16"]),
+            "difference_percent_by_seed": by_seed,
+        }
     sizes = {name: str(value) for name, value in SIZES.items()}
-    about = {"steps": options.steps, "seeds": options.seeds, "recipe": options.recipe}
+    about = {"steps": options.steps, "warmup": options.warmup, "seeds": options.seeds}
+    about["recipe"] = options.recipe
     if options.recipe == "delayed":
         about["amax_history"] = options.amax_history
     return {**about, "sizes": sizes, "families": families, "runs": listed}
 
 
 def draw(options: argparse.Namespace, runs: list[tuple[str, str, int]], output: Path) -> None:
-    """Training loss, mean over the seeds, smoothed, and the held-out losses of all of them."""
+    """Training loss, mean over the seeds, smoothed, with all held-out losses; below, how far FP8 is above bfloat16."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, every = pyplot.subplots(
-        1, len(FAMILIES), figsize=(10, 4.2), sharey=True, layout="constrained"
-    )
-    for axes, family in zip(every, FAMILIES, strict=True):
-        for kind, label, color in (("bf16", "bfloat16", "#0072B2"), ("fp8", "FP8", "#D55E00")):
-            mine = [run for run in runs if run[:2] == (family, kind)]
-            histories = [read_history(directory(options, *run)) for run in mine]
-            steps = histories[0].series("loss")[0]
+        2, len(FAMILIES), figsize=(10, 6), sharex=True, sharey="row", layout="constrained",
+        height_ratios=(2, 1),
+    )  # fmt: skip
+    styles = {"bf16": ("bfloat16", "#56B4E9", 5.0), "fp8": ("FP8", "#D55E00", 1.2)}
+    for axes, below, family in zip(*every, FAMILIES, strict=True):
+        smooth, held = {}, {}
+        for kind, (label, color, width) in styles.items():
+            histories = [
+                read_history(directory(options, *run)) for run in runs if run[:2] == (family, kind)
+            ]
+            steps = np.array(histories[0].series("loss")[0])
             losses = np.mean([history.series("loss")[1] for history in histories], axis=0)
-            width = max(1, len(steps) // 20)
-            smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
-            axes.plot(steps[width - 1 :], smooth, color=color, label=label, linewidth=1.4)
-            for history in histories:
-                (split,) = history.evaluations
-                points = history.series("loss", split=split)
-                axes.plot(*points, "o", color=color, markersize=4, alpha=0.6)
-        axes.set(title=f"{family}, {len(options.seeds)} seeds", xlabel="steps")
-        axes.grid(alpha=0.3)
+            window = max(1, len(steps) // 20)
+            smooth[kind] = np.convolve(losses, np.ones(window) / window, mode="valid")
+            axes.plot(steps[window - 1 :], smooth[kind], color=color, label=label, linewidth=width)
+            (split,) = histories[0].evaluations
+            evaluated = histories[0].series("loss", split=split)[0]
+            held[kind] = np.array([h.series("loss", split=split)[1] for h in histories])
+            axes.plot(evaluated, held[kind].T, "o", color=color, markersize=2.5 + width)
+        percent = lambda of: 100 * (of["fp8"] / of["bf16"] - 1)
+        below.plot(steps[window - 1 :], percent(smooth), color=color, linewidth=1.2)
+        below.plot(evaluated, percent(held).T, "o", color=color, markersize=3.5)
+        below.axhspan(-AIM, AIM, color="0.92", zorder=0)
+        axes.set_title(f"{family}, {len(options.seeds)} seeds")
         axes.legend()
-    every[0].set_ylabel("loss (nats per token); dots: held out")
+        below.set_xlabel("steps")
+        for one in (axes, below):
+            one.grid(alpha=0.3)
+    every[0, 0].set_ylabel("loss (nats per token); dots: held out")
+    every[1, 0].set_ylabel("over bfloat16, %; grey: aim")
     figure.savefig(output, dpi=150)
     pyplot.close(figure)
 

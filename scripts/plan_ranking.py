@@ -33,6 +33,7 @@ import numpy as np  # noqa: E402
 
 from configs import flags  # noqa: E402
 from paxlike import parallel  # noqa: E402
+from paxlike.arguments import ArgumentParser  # noqa: E402
 from paxlike.plan import planner  # noqa: E402
 from paxlike.plan.chips import CHIPS  # noqa: E402
 from paxlike.train.program import state_factory  # noqa: E402
@@ -171,7 +172,7 @@ def _machine() -> dict[str, object]:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, help="folder for plan_ranking.json")

@@ -18,7 +18,7 @@ main() {
         dir=$1
         shift
     fi
-    mkdir -p "$dir/data" 2> /dev/null && [[ -w $dir/data ]] || die "cannot write to $dir"
+    if ! mkdir -p "$dir/data" 2> /dev/null || [[ ! -w $dir/data ]]; then die "cannot write to $dir"; fi
     dir=$(cd "$dir" && pwd)
     data=$dir/data
     arguments=("$@")

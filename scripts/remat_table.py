@@ -17,6 +17,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from paxlike.arguments import ArgumentParser  # noqa: E402
+
 MODEL = [
     "--fdl_config=Synthetic5B",
     "--fdl.ICI_MESH_SHAPE=[1,8,1]",
@@ -41,7 +45,7 @@ GIB = 2**30
 
 def main() -> None:
     """Plans every choice in a process of its own."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, required=True, help="folder of remat.json and .png")

@@ -101,8 +101,9 @@ make_venv() {
     if [[ $base_python == "$python" ]]; then # --clear removes it: take the one it was made from
         base_python=$("$python" -c 'import sys; print(sys._base_executable)')
     fi
-    "$base_python" -m venv ${clear} "$venv" && has_pip ||
+    if ! "$base_python" -m venv ${clear} "$venv" || ! has_pip; then
         die "'$base_python' cannot build environments: install its venv module (python3-venv)"
+    fi
 }
 
 has_pip() { "$python" -c 'import pip' 2> /dev/null; }

@@ -12,6 +12,8 @@ import numpy as np
 from paxlike.log.history import read_metrics
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+# Programs over several devices are compiled at every start, and these runs are short: the shortest way through LLVM.
+QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 ONE_LAYER = {
     "NUM_LAYERS": 1,
     "NUM_HEADS": 2,
@@ -78,21 +80,24 @@ def command(job_log_dir, knobs, *flags, config="Quickstart") -> list[str]:
     return [*main, *overrides, *flags]
 
 
-def environment(devices: int = 1) -> dict[str, str]:
-    """The environment of a run on some virtual CPU devices."""
+def environment(devices: int = 1, *, quick: bool = True) -> dict[str, str]:
+    """The environment of a run on some virtual CPU devices; not `quick` where computing outweighs compiling."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{flags} {QUICK_COMPILE}" if quick else flags,
         "PYTHONFAULTHANDLER": "1",
     }
 
 
-def run(job_log_dir, knobs, *flags, devices=1, expect=0, **kwargs) -> subprocess.CompletedProcess:
+def run(
+    job_log_dir, knobs, *flags, devices=1, expect=0, quick=True, **kwargs
+) -> subprocess.CompletedProcess:
     """Runs to the end and checks the exit code."""
     done = subprocess.run(
         command(job_log_dir, knobs, *flags, **kwargs),
-        env=environment(devices),
+        env=environment(devices, quick=quick),
         capture_output=True,
         text=True,
         timeout=400,

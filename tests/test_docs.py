@@ -24,6 +24,7 @@ OTHER_NAMES = {
     "JAX_COMPILATION_CACHE_DIR",
     "XLA_FLAGS",
     "NCCL_ALGO",
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO",
     "DRY_RUN",
     "NORMS_AND_BIASES",  # a regular expression in configs/optimization.py
     "NUM_REGISTERS",  # of an example of how to declare a knob
@@ -50,7 +51,8 @@ OTHER_FLAGS = {
     | {"cache_dir", "workers", "text_key", "labels", "x", "reference", "title", "num", "seq_len"}
     | {"template", "max_characters", "max_megabytes"},
     "scripts": {"source", "data_dir", "output", "parts", "shapes", "rounds", "steps", "torch"}
-    | {"to", "dtype", "max_shard_size", "use", "suite", "wheelhouse", "rows", "check", "minutes"},
+    | {"to", "dtype", "max_shard_size", "use", "suite", "wheelhouse", "rows", "check", "minutes"}
+    | {"warmup"},
     "XLA": {"xla_dump_to", "xla_dump_hlo_as_text", "xla_gpu_enable_dynamic_slice_fusion"}
     | {"xla_gpu_deterministic_ops", "xla_gpu_enable_latency_hiding_scheduler"}
     | {"xla_gpu_enable_triton_gemm", "xla_gpu_pgle_profile_file_or_directory_path"},

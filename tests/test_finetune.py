@@ -3,6 +3,7 @@
 The task is made of the library of this Python: is a function a method of a class? (`paxlike.data.method_task`)
 """
 
+import functools
 import json
 import subprocess
 import sys
@@ -12,7 +13,10 @@ import pytest
 from paxlike.data import stdlib_text
 from paxlike.data.method_task import QUESTION, write
 from paxlike.data.tokenizers import train_sentencepiece
-from tests.runs import ROOT, environment, run
+from tests import runs
+from tests.runs import ROOT, environment
+
+run = functools.partial(runs.run, quick=False)  # hundreds of steps
 
 SMALL = {
     "NUM_KV_HEADS": 2,
@@ -105,7 +109,7 @@ def convert(source, output, knobs, *flags):
             f"--output={output}",
             *flags,
         ],
-        env=environment(),
+        env=environment(quick=False),
         capture_output=True,
         text=True,
         cwd=ROOT,

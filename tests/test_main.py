@@ -148,23 +148,6 @@ def runs_so_far(directory):
     return [line["step"] for line in lines if line.get("split") == "train"]
 
 
-def test_two_processes_give_the_losses_of_one(straight, text, tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    runs.run(one, {**text, "ICI_MESH_SHAPE": "[1,2,1]", "PERCORE_BATCH_SIZE": 2}, devices=2)
-    meshes = {"ICI_MESH_SHAPE": "[1,1,1]", "DCN_MESH_SHAPE": "[1,2,1]"}
-    runs.run_processes(two, {**text, **meshes, "PERCORE_BATCH_SIZE": 2}, processes=2)
-    ours, theirs, single = runs.losses(two), runs.losses(one), runs.losses(straight[0])
-    np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-5)
-    np.testing.assert_allclose(list(ours.values()), list(single.values()), rtol=1e-5)
-    # A checkpoint of two processes goes on in one, and on another mesh.
-    runs.run(
-        two,
-        {**text, "ICI_MESH_SHAPE": "[1,1,2]", "PERCORE_BATCH_SIZE": 2, "MAX_STEPS": 13},
-        devices=2,
-    )
-    assert max(runs.losses(two)) == 13
-
-
 def test_four_processes_become_two_and_one_and_every_axis_crosses_them(straight, text, tmp_path):
     """Each start takes the checkpoint of the one before, on another mesh of another number of processes."""
     axes = "[pipeline,data,fsdp,context,tensor]"
@@ -184,10 +167,15 @@ def test_four_processes_become_two_and_one_and_every_axis_crosses_them(straight,
             "MAX_STEPS": last,
         }
         runs.run_processes(tmp_path, knobs, processes=processes, devices=devices)
-    runs.run(tmp_path, {**text, "MAX_STEPS": 12})
+    last = {"ICI_MESH_SHAPE": "[1,1,2]", "PERCORE_BATCH_SIZE": 2, "MAX_STEPS": 12}
+    runs.run(tmp_path, {**text, **last}, devices=2)
     ours, single = runs.losses(tmp_path), runs.losses(straight[0])
     assert list(ours) == list(single)
     np.testing.assert_allclose(list(ours.values()), list(single.values()), rtol=1e-5)
+    # The last step of every start is evaluated as well.
+    ours, single = (runs.losses(run, "HeldOut") for run in (tmp_path, straight[0]))
+    assert list(ours) == [3, 5, 6, 9, 10, 12]
+    np.testing.assert_allclose([ours[n] for n in single], list(single.values()), rtol=1e-5)
 
 
 def call(*argv, environ=None):

@@ -1,5 +1,6 @@
 """Bundles of compiler flags: what they add, that the installed XLA takes them, and that the user's flags stand."""
 
+import json
 import subprocess
 import sys
 
@@ -76,3 +77,14 @@ def test_an_unknown_flag_is_one_line_and_a_right_set_is_tried_once(tmp_path, mon
     apply("none", dict(right), folder=str(tmp_path))
     with pytest.raises(pytest.fail.Exception):
         apply("none", {"XLA_FLAGS": "--xla_a=1"}, folder=str(tmp_path))
+
+
+def test_the_committed_effects_and_their_table():
+    from scripts import xla_bundles_table as effects
+
+    rows = json.loads(effects.NUMBERS.read_text())["rows"]
+    assert {mesh: tuple(found) for mesh, found in rows.items()} == effects.ROWS
+    text = effects.PAGE.read_text()
+    assert effects.renewed(text, rows) == text
+    sharded = rows["tensor 8, SEQUENCE_PARALLEL"]
+    assert sharded["`gpu-sharded` (O1)"]["step_ms"] < sharded["`gpu`"]["step_ms"]

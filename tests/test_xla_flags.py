@@ -83,7 +83,10 @@ def test_deterministic_flags_are_added_once(given, expected):
     make_deterministic(environ)
     assert environ["XLA_FLAGS"] == expected
     make_deterministic(environ)
-    assert environ == {"XLA_FLAGS": expected, "NCCL_ALGO": "Ring"}
+    others = {"NCCL_ALGO": "Ring", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
+    assert environ == {"XLA_FLAGS": expected, **others}
+    with pytest.raises(ValueError, match="DETERMINISTIC=True, but NVTE_ALLOW_NONDETERMINISTIC_A"):
+        make_deterministic({"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "1"})
 
 
 def test_a_given_algorithm_of_collectives_stands():

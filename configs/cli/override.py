@@ -19,8 +19,8 @@ from typing import Any
 import fiddle as fdl
 
 from configs.cli import tree, values
-from configs.cli.nearest import ask, nearest
 from configs.cli.values import UsageError
+from paxlike.nearest import ask, nearest
 
 _TOKEN = re.compile(r"\.?([A-Za-z_]\w*)|\[\s*(-?\d+)\s*\]|\[\s*(['\"]?)([^\]]*?)\3\s*\]")
 

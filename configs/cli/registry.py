@@ -18,9 +18,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from configs.cli.nearest import ask, did_you_mean, nearest
 from configs.cli.values import UsageError
 from configs.knobs import Knobs, is_config, knobs, title
+from paxlike.nearest import ask, did_you_mean, nearest
 
 _HOW_TO_LIST = "--fdl_list lists all"
 _MACHINERY = (importlib.__file__, str(Path(__file__).parent), knobs.__code__.co_filename)

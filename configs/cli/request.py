@@ -4,8 +4,8 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
-from configs.cli.nearest import did_you_mean
 from configs.cli.values import UsageError, unquote
+from paxlike.nearest import did_you_mean
 
 FLAGS = {
     "fdl_config": ("NAME", "the config: configs.gpt.Pile126M, Pile126M or Pile126M(NUM_LAYERS=2)"),

@@ -27,11 +27,11 @@ import fiddle as fdl
 from fiddle.experimental import serialization
 
 from configs.cli import environment, registry, tree, values
-from configs.cli.nearest import ask, nearest
 from configs.cli.override import override
 from configs.cli.request import Request
 from configs.cli.values import UsageError
 from configs.knobs import REQUIRED, Knobs, knobs
+from paxlike.nearest import ask, nearest
 
 _FORMAT = 1
 

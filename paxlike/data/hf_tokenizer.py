@@ -19,7 +19,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from paxlike.data.tokenizer_files import check_special_ids, file_digest, file_key
+from paxlike.data.tokenizer_files import (
+    TokenizerFile,
+    check_special_ids,
+    file_digest,
+    file_key,
+)
 
 _SIDE_FILES = (
     "tokenizer_config.json",
@@ -33,7 +38,7 @@ _BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 @dataclasses.dataclass(frozen=True, init=False)
-class HuggingFaceTokenizer:
+class HuggingFaceTokenizer(TokenizerFile):
     """The tokenizer of a `tokenizer.json`, or of the folder that holds one.
 
     Where the tokenizer has no beginning (Qwen), nothing is put before a prompt (`begin_ids` is empty,
@@ -41,15 +46,6 @@ class HuggingFaceTokenizer:
     stood before them in the stream. Where it has no padding, that is the end id too: padding has
     weight 0. Files are opened at first use: a missing or invalid one is a ValueError then.
     """
-
-    path: str
-    _bos_id: int | None
-    _eos_id: int | None
-
-    def __init__(self, path: str, bos_id: int | None = None, eos_id: int | None = None):
-        object.__setattr__(self, "path", os.fspath(path))
-        object.__setattr__(self, "_bos_id", bos_id)
-        object.__setattr__(self, "_eos_id", eos_id)
 
     @property
     def vocab_size(self) -> int:

@@ -7,7 +7,6 @@ first lines of functions of the library of the running Python, dedented, with th
 many methods as functions, so that guessing is right half of the time; files that are kept apart are not trained on.
 """
 
-import argparse
 import ast
 import json
 import os
@@ -15,6 +14,7 @@ import random
 import textwrap
 from collections.abc import Iterator
 
+from paxlike.arguments import ArgumentParser
 from paxlike.data.stdlib_text import documents, is_held_out
 
 QUESTION = "is this a method of a class"
@@ -72,7 +72,7 @@ def _scopes(tree: ast.Module) -> Iterator[tuple[ast.Module | ast.ClassDef, bool]
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Questions whose answers are certain.")
+    parser = ArgumentParser(description="Questions whose answers are certain.")
     parser.add_argument("--output", required=True, help="folder of the two files")
     parser.add_argument("--max_characters", type=int, default=300, help="of each function")
     options = parser.parse_args()

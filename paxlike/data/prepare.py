@@ -1,14 +1,14 @@
 """Builds the token cache ahead of a run: python -m paxlike.data.prepare --help."""
 
-import argparse
 import os
 
+from paxlike.arguments import ArgumentParser
 from paxlike.data import token_cache
 from paxlike.data.commands import add_source_flags, source_from_flags, tokenizer_from_flag
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m paxlike.data.prepare",
         description="Tokenises documents once; a run with the same source, tokenizer and cache_dir "
         "then begins at once. Interrupted, it goes on where it was.",

@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 
+from paxlike.arguments import ArgumentParser
 from paxlike.data.chat import Chat
 from paxlike.data.commands import add_source_flags, source_from_flags, tokenizer_from_flag
 from paxlike.data.example_rows import ExampleRows
@@ -34,7 +35,7 @@ def scored_text(chat: Chat, tokenizer: Tokenizer) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m paxlike.data.show_examples",
         description="Shows fine-tuning examples: [[what is scored]], lengths, and how rows fill.",
     )

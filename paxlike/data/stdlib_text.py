@@ -9,7 +9,6 @@ and a second hash holds about 3 % of them out, whole, so that no part of a held-
 on.
 """
 
-import argparse
 import dataclasses
 import hashlib
 import importlib
@@ -18,6 +17,7 @@ import os
 import sysconfig
 from collections.abc import Iterator
 
+from paxlike.arguments import ArgumentParser
 from paxlike.data.progress import Progress
 
 _ENDINGS = (".py", ".txt", ".rst", ".md", ".tcl", ".css", ".js", ".html")
@@ -92,7 +92,7 @@ def write(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m paxlike.data.stdlib_text", description=__doc__)
+    parser = ArgumentParser(prog="python -m paxlike.data.stdlib_text", description=__doc__)
     parser.add_argument("--output", required=True, help="folder for train.jsonl and heldout.jsonl")
     parser.add_argument("--max_megabytes", type=float, default=16.0, help="text in all")
     parser.add_argument("--heldout_percent", type=float, default=3.0, help="of the documents")

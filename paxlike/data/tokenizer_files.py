@@ -1,10 +1,25 @@
 """Files of tokenizers: recognised when they change, and checked against what a config says."""
 
+import dataclasses
 import functools
 import hashlib
 import json
 import os
 from collections.abc import Sequence
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class TokenizerFile:
+    """A tokenizer's path and, where they are given, the ids that stand for the beginning and the end of a text."""
+
+    path: str
+    _bos_id: int | None
+    _eos_id: int | None
+
+    def __init__(self, path: str, bos_id: int | None = None, eos_id: int | None = None):
+        object.__setattr__(self, "path", os.fspath(path))
+        object.__setattr__(self, "_bos_id", bos_id)
+        object.__setattr__(self, "_eos_id", eos_id)
 
 
 def file_key(path: str, kind: str = "SentencePiece model") -> tuple[str, int, int]:

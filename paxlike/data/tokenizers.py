@@ -19,6 +19,7 @@ import sentencepiece
 from jaxtyping import Int
 
 from paxlike.data.tokenizer_files import (
+    TokenizerFile,
     check_special_ids,
     file_digest,
     file_key,
@@ -83,21 +84,12 @@ class Tokenizer(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, init=False)
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(TokenizerFile):
     """A SentencePiece model file.
 
     `eos_id` defaults to the model's; `bos_id` to the model's and, where it has none, to 0 as in
     Pax. The file is opened at first use: a missing or invalid one is a ValueError then.
     """
-
-    path: str
-    _bos_id: int | None
-    _eos_id: int | None
-
-    def __init__(self, path: str, bos_id: int | None = None, eos_id: int | None = None):
-        object.__setattr__(self, "path", os.fspath(path))
-        object.__setattr__(self, "_bos_id", bos_id)
-        object.__setattr__(self, "_eos_id", eos_id)
 
     @property
     def vocab_size(self) -> int:

@@ -1,8 +1,8 @@
 """Trains a SentencePiece model: python -m paxlike.data.train_tokenizer --help."""
 
-import argparse
 from collections.abc import Iterator
 
+from paxlike.arguments import ArgumentParser
 from paxlike.data.commands import add_source_flags, source_from_flags
 from paxlike.data.progress import Progress
 from paxlike.data.sources import DocumentSource
@@ -10,7 +10,7 @@ from paxlike.data.tokenizers import train_sentencepiece
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m paxlike.data.train_tokenizer",
         description="Trains a byte-fallback BPE model that gives every text back exactly.",
     )

@@ -88,6 +88,8 @@ def decode(
             experiment.tokenizer,
             options,
             max_length=max_length,
+            kernels=experiment.kernels,
+            say=display.progress.write,
         )
         results = generator.generate(
             texts, ids=ids, on_text=display.on_text if stream else None, on_result=display.on_result

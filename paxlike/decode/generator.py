@@ -7,9 +7,10 @@ few programs are compiled. The host waits for the device once per chunk of token
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import jax
 import numpy as np
@@ -19,6 +20,9 @@ from paxlike import parallel
 from paxlike.decode.program import Program
 from paxlike.decode.sampler import SamplingOptions
 from paxlike.decode.text import TextStream
+
+if TYPE_CHECKING:
+    from paxlike.ops.kernel_check import KernelCheck
 
 ROWS_PER_SHARD = 32  # where no batch size is asked for
 STREAM_CHUNK = 8  # tokens between two looks at the text, where somebody is watching
@@ -106,8 +110,12 @@ class Generator:
         options: SamplingOptions | None = None,
         *,
         max_length: int,
+        kernels: KernelCheck | None = None,
+        say: Callable[[str], None] = lambda line: None,
     ):
         """`max_length` bounds the tokens of a row, prompt and continuation together.
+
+        `kernels` compares fast kernels of attention with the reference before they are used; `say` is told the result.
 
         Raises:
           ValueError: the tokenizer has more ids than the model.
@@ -125,12 +133,7 @@ class Generator:
         self._max_length = max_length
         self._stops = stops
         self._program = Program(model, options, stops, num_ids)
-        self._prefill = jax.jit(self._program.prefill, static_argnames="cache_length")
-        self._advance = jax.jit(
-            self._program.advance,
-            static_argnames=("cache_length", "num_tokens"),
-            donate_argnames="state",
-        )
+        self._kernels, self._say, self._said = kernels, say, ""
         self._compiled: dict[Any, Any] = {}
         self.throughput = Throughput()
 
@@ -199,7 +202,7 @@ class Generator:
         cache_length = min(length + options.max_tokens, self._max_length)
         tokens, lengths, room, identity = self._arrays(rows, size, length)
         state, ids, logprobs = self._call(
-            self._prefill,
+            "prefill",
             self._variables,
             tokens,
             lengths,
@@ -227,7 +230,7 @@ class Generator:
                 return
             going_on = np.array([row in waiting for row in rows] + [False] * (size - len(rows)))
             state, ids, logprobs = self._call(
-                self._advance,
+                "advance",
                 self._variables,
                 state,
                 going_on,
@@ -247,15 +250,36 @@ class Generator:
             identity[slot] = row.prompt_index, row.sample_index
         return tokens, lengths, room, identity
 
-    def _call(self, function, *arguments, **static):
-        """Calls `function` compiled for these shapes; the time of compiling is counted apart."""
+    def _call(self, name: str, *arguments, **static):
+        """Calls that function of the program, compiled for these shapes; the time of compiling is counted apart."""
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(arguments[1:]))
-        key = (function, shapes, tuple(static.items()))
+        key = (name, shapes, tuple(static.items()))
         if key not in self._compiled:
             started = time.perf_counter()
-            self._compiled[key] = function.lower(*arguments, **static).compile()
+            traced = self._settled(lambda: self._jitted(name).trace(*arguments, **static))
+            self._compiled[key] = traced.lower().compile()
             self.throughput.compile_seconds += time.perf_counter() - started
         return self._compiled[key](*arguments)
+
+    def _jitted(self, name: str):
+        """A new one each time: jax traces it anew, so that a kernel which was refused is not found again."""
+        if name == "prefill":
+            return jax.jit(functools.partial(self._program.prefill), static_argnames="cache_length")
+        return jax.jit(
+            functools.partial(self._program.advance),
+            static_argnames=("cache_length", "num_tokens"),
+            donate_argnames="state",
+        )
+
+    def _settled(self, trace: Callable[[], Any]) -> Any:
+        if self._kernels is None:
+            return trace()
+        settled = self._kernels.settle(trace)
+        settled.report(self._say, self._say)
+        if settled.is_news and settled.line != self._said:
+            self._said = settled.line
+            self._say(f"attention: {settled.line}")
+        return settled.traced
 
 
 def encode_prompts(

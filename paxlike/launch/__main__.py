@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+from paxlike.arguments import ArgumentParser
 from paxlike.launch import kubernetes, local, slurm
 from paxlike.launch.job import DATA_SETS, ROOT, STAGES, Job, Stage, check_mesh, shell
 
 _PASSED_ON = ("fdl.", "fiddler", "tfds_data_dir", "eval_on_test")
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> ArgumentParser:
     """The command line; what it does not know goes to main.py, if main.py knows it."""
-    made = argparse.ArgumentParser(
+    made = ArgumentParser(
         prog="python -m paxlike.launch",
-        allow_abbrev=False,
         description="Runs the stages of a config in order, as jobs of Slurm that wait for one another, on this "
         "machine, or as a JobSet of Kubernetes. A stage that is done is left out, so the same command goes on where "
         "it was. --fdl.NAME=VALUE, --fiddler, --tfds_data_dir and --eval_on_test are those of main.py.",
@@ -194,12 +192,7 @@ def _check_passed_on(word: str) -> None:
         if "=" not in word and name.startswith("fdl."):
             raise ValueError(f"{word} needs a value: {word}=...")
         return
-    known = [option.lstrip("-") for action in parser()._actions for option in action.option_strings]
-    near = difflib.get_close_matches(name, known, 1)
-    raise ValueError(
-        f"unknown argument {word!r}"
-        + (f"; did you mean --{near[0]}?" if near else "; --help lists all")
-    )
+    raise ValueError(parser().unknown(word))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from paxlike.layers.dropout import Dropout
 from paxlike.layers.projection import Projecting
 from paxlike.layers.sequence import Sequence
 from paxlike.ops import attention as ops
+from paxlike.ops.attention_kernels import FUSED
 from paxlike.ops.biased_attention import biased_attention
 from paxlike.ops.context_attention import context_attention
 from paxlike.ops.rope import Rope
@@ -123,7 +124,7 @@ class Attention(Projecting):
                     f"relative positions and the extra logit do not go with CONTEXT_PARALLEL={context.kind}: use "
                     "all_to_all"
                 )
-            if self.implementation == "cudnn":
+            if self.implementation in FUSED:
                 raise ValueError(
                     f"cuDNN attention does not serve CONTEXT_PARALLEL={context.kind}: set "
                     "USE_CUDNN_FLASH_ATTENTION=None, or CONTEXT_PARALLEL=all_to_all"
@@ -161,7 +162,7 @@ class Attention(Projecting):
             raise ValueError(
                 "relative_buckets and extra_logit are for causal attention without window and cap"
             )
-        if self.implementation == "cudnn":
+        if self.implementation in FUSED:
             raise ValueError(
                 "cuDNN attention has no relative bias and no extra logit here: set USE_CUDNN_FLASH_ATTENTION=None"
             )

@@ -80,18 +80,22 @@ class ExpertLinear(nn.Module):
         if self.adapter is not None:
             self.lora = _Adapter(self.adapter, shape, names, self.kernel_init)
         if self.dot_general_cls is not None:
-            self.dot_general = self.dot_general_cls()
+            self.fp8 = self.dot_general_cls()
 
     def __call__(self, x: Float[Array, "e n p"]) -> Float[Array, "e n q"]:
         """As many rows for each expert."""
         weights = self.matrices()
-        dot_general = jax.lax.dot_general if self.dot_general_cls is None else self.dot_general
+        dot_general = jax.lax.dot_general if self.dot_general_cls is None else self.fp8
         contraction = (((2,), (1,)), ((0,), (0,)))
         y = dot_general(x.astype(self.dtype), weights.kernel, contraction, precision=None)
         if weights.a is not None and weights.b is not None:
             thin = jax.lax.dot_general(x.astype(self.dtype), weights.a, contraction)
             y = y + jax.lax.dot_general(thin, weights.b, contraction)
         return y
+
+    def create(self) -> None:
+        """Makes the parameters, and the state of what multiplies; for initialisation."""
+        self(jnp.zeros((self.num_experts, 1, self.inputs), self.dtype))
 
     def matrices(self) -> Matrices:
         """The weights in the compute dtype, whole along the width."""

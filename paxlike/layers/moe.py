@@ -108,7 +108,7 @@ class MoE(Projecting):
         if self.is_initializing():
             y = jnp.zeros_like(x)
             for expert in experts.values():
-                expert.matrices()
+                expert.create()
         elif self.router.chosen_by == "experts":
             y = self._by_experts(x, valid, logits, experts, sequence)
         else:
@@ -126,12 +126,19 @@ class MoE(Projecting):
             )
         if self.dispatch not in DISPATCHES:
             raise ValueError(f"MOE_DISPATCH='{self.dispatch}' is none of {', '.join(DISPATCHES)}")
-        if self.dot_general_cls is not None:
+        if self.dot_general_cls and not self.has_places():
             raise ValueError(
-                "the products of experts have no other form yet: leave dot_general_cls unset"
+                "rows sorted by expert are multiplied in FPROP_DTYPE alone: for experts in FP8 set an "
+                "EXPERT_CAPACITY_FACTOR and MOE_DISPATCH=index or einsum, or choose other layers by FP8_LAYERS"
             )
         if self.use_bias:
             raise ValueError("experts have no biases: set use_bias=False")
+
+    def has_places(self) -> bool:
+        """Whether each expert has as many rows as the others, in training."""
+        return self.router.capacity_factor is not None and (
+            self.dispatch != "sort" or self.router.chosen_by == "experts"
+        )
 
     def _logits(self, x, sequence: Sequence) -> Float[Array, "b s e"]:
         """Of the router, in float32."""
@@ -170,6 +177,7 @@ class MoE(Projecting):
             axes=axes,
             kernel_init=self._init_of(name),
             dtype=self.dtype,
+            dot_general_cls=self._dot_general_cls(name),
             name=name,
             **self._adapter(name),
         )

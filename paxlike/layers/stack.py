@@ -68,7 +68,8 @@ class Stack(nn.Module):
       repeats: how often the period comes; the number of layers is repeats x len(period).
       remat: what the backward pass finds kept (`layers.remat`).
       scan: compile one repeat and loop over it, rather than compile all of them.
-      pipeline: how the repeats are passed through on a mesh with a pipeline.
+      pipeline: how the repeats are passed through on a mesh with a pipeline; None: all stages compute all repeats, each
+        for its part of the rows (layers in front of a pipeline).
       remat_layers: which repeats `remat` holds for; the others keep everything.
     """
 
@@ -76,7 +77,7 @@ class Stack(nn.Module):
     repeats: int
     remat: str = "SAVE_EVERYTHING"
     scan: bool = True
-    pipeline: Pipeline = Pipeline()
+    pipeline: Pipeline | None = Pipeline()
     remat_layers: str = "all"
 
     def setup(self):
@@ -89,7 +90,8 @@ class Stack(nn.Module):
         there = current_noise() or Noise(None, x.shape[:2])
         key = self.make_rng("dropout") if sequence.train and self.has_rng("dropout") else None
         noise_ = dataclasses.replace(there, key=key, depth=len(self.path))
-        if parallel.num_stages() > 1 and not self.is_initializing() and not sequence.cache_length:
+        staged = self.pipeline is not None and parallel.num_stages() > 1
+        if staged and not self.is_initializing() and not sequence.cache_length:
             pipeline = self.pipeline.fitting(x.shape[0])
             if pipeline is None and sequence.train:
                 raise ValueError(
@@ -164,7 +166,9 @@ class Stack(nn.Module):
             split_rngs={"params": True, "dropout": True},
             length=self.repeats,
             unroll=1 if self.scan else self.repeats,
-            metadata_params={nn.PARTITION_NAME: "layers"},
+            metadata_params={
+                nn.PARTITION_NAME: "whole_layers" if self.pipeline is None else "layers"
+            },
         )(self.layers, x, jnp.arange(self.repeats) if counts else None)
         return x
 

@@ -10,7 +10,6 @@ it is *lost*. The time between two starts is *down*; what a killed start did aft
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -21,6 +20,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from paxlike.arguments import ArgumentParser
 from paxlike.log.history import read_lines
 from paxlike.log.plot import COLORS, STYLE, import_pyplot
 from paxlike.log.progress import duration
@@ -226,7 +226,7 @@ def plot_goodput(goodput: Goodput, output_png: str | os.PathLike) -> pathlib.Pat
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command: reports on one run."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m paxlike.log.goodput", description="Where the time of a run went."
     )
     parser.add_argument("run", metavar="DIR", help="job_log_dir of a run, running or dead")

@@ -8,7 +8,6 @@ Needs matplotlib, which `pip install paxlike[plot]` brings.
 
 from __future__ import annotations
 
-import argparse
 import os
 import pathlib
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from paxlike.arguments import ArgumentParser
 from paxlike.log.history import TRAIN, History, read_history
 
 # Okabe and Ito's palette without its yellow: told apart by colour-blind readers, too.
@@ -90,7 +90,7 @@ def plot_losses(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command: draws the runs that are named."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m paxlike.log.plot", description="Draws the loss curves of runs."
     )
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="job_log_dir of a run")

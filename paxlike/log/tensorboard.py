@@ -26,14 +26,24 @@ import os
 import pathlib
 import socket
 import struct
+import sys
 import time
 from collections.abc import Mapping
 
-from tensorboardX.proto import event_pb2, summary_pb2
-from tensorboardX.record_writer import masked_crc32c
-from tensorboardX.summary import text as text_summary
-
 from paxlike.log.files import AppendFile
+
+# tensorboardX imports torch where it is installed, to know its tensors, of which it sees none here: two seconds and
+# 190 MB of every start.
+_TORCH_IS_LOADED = "torch" in sys.modules
+if not _TORCH_IS_LOADED:
+    sys.modules["torch"] = None  # type: ignore[assignment]  # what Python takes for "not installed"
+try:
+    from tensorboardX.proto import event_pb2, summary_pb2
+    from tensorboardX.record_writer import masked_crc32c
+    from tensorboardX.summary import text as text_summary
+finally:
+    if not _TORCH_IS_LOADED:
+        del sys.modules["torch"]
 
 TAGS = {
     "loss": "loss",

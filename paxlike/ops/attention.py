@@ -50,7 +50,8 @@ def attention(
       scale: factor of the scores, 1/sqrt(k) where None.
       window: a query sees this many keys at most, itself and those just before it (Beltagy et al. 2020); causal only.
       logit_cap: scores become cap * tanh(score / cap) (Gemma 2, section 2).
-      implementation: a kernel of `ops.attention_kernels`, or `auto` for the fastest that can serve.
+      implementation: a kernel of `ops.attention_kernels`, `auto` for the fastest that can serve, `fused` for
+        Transformer Engine's or else cuDNN's.
 
     Raises:
       ValueError: options that make no sense, a kernel that is not known or cannot serve.

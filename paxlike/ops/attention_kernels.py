@@ -1,7 +1,8 @@
 """The kernels of attention: what each can do, which one is chosen, and which was found wrong on this machine.
 
 `choose` takes the first of `KERNELS`, the fastest first, that lacks nothing of what is asked, is worth it, and was not
-refused. The table in `docs/attention.md` is made from here (`scripts/attention_table.py`).
+refused; Transformer Engine's serves by name only. The table in `docs/attention.md` is made from here
+(`scripts/attention_table.py`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 
 from paxlike import compat, parallel
 from paxlike.ops import platform
@@ -81,6 +83,9 @@ class Kernel:
       attend: (q, k, v, segments, offset, scores=, causal=) -> result.
       lacks: what keeps it from a request, as the end of a sentence; None where it serves.
       is_worth: whether `auto` takes it where it serves.
+      missing: what keeps it from this machine, as the end of a sentence; None where it is there.
+      by_name: `auto` never takes it.
+      packages: that it is from, besides jax.
     """
 
     name: str
@@ -88,6 +93,13 @@ class Kernel:
     attend: Callable[..., jax.Array]
     lacks: Callable[[Request], str | None]
     is_worth: Callable[[Request], bool] = lambda request: True
+    missing: Callable[[], str | None] = lambda: None
+    by_name: bool = False
+    packages: tuple[str, ...] = ()
+
+    def reason_against(self, request: Request) -> str | None:
+        """Why it does not serve such a request here, as the end of a sentence; None where it does."""
+        return self.lacks(request) or self.missing() or REFUSED.get((self.name, request.of_one_row))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,23 +118,25 @@ class Choice:
 
 
 def choose(request: Request, name: str = "auto") -> Choice:
-    """The kernel for a request; ValueError in one line where the one that was named cannot serve."""
-    if name != "auto":
-        kernel = find(name)
-        if reason := kernel.lacks(request) or REFUSED.get((name, request.of_one_row)):
-            raise ValueError(
-                f"{kernel.title} attention {reason}: set USE_CUDNN_FLASH_ATTENTION=None and ATTENTION_KERNEL=auto, "
-                "which take a kernel that can serve"
-            )
-        return Choice(request, kernel)
+    """The kernel for a request: the first of `auto` or `fused` that serves, or the one of this name.
+
+    Raises ValueError in one line where what was named cannot serve.
+    """
+    if name == "auto":
+        candidates = [kernel for kernel in KERNELS if not kernel.by_name]
+    else:
+        candidates = [find(each) for each in (FUSED[1:] if name == "fused" else (name,))]
     passed_over: list[tuple[str, str]] = []
-    for kernel in KERNELS:
-        reason = kernel.lacks(request) or REFUSED.get((kernel.name, request.of_one_row))
-        if reason is None and kernel.is_worth(request):
+    for kernel in candidates:
+        reason = kernel.reason_against(request)
+        if reason is None and (name != "auto" or kernel.is_worth(request)):
             return Choice(request, kernel, tuple(passed_over))
         if reason is not None:
             passed_over.append((kernel.title, reason))
-    raise AssertionError("the reference serves everything")
+    reasons = " and ".join(f"{title} attention {reason}" for title, reason in passed_over)
+    raise ValueError(
+        f"{reasons}: set USE_CUDNN_FLASH_ATTENTION=None and ATTENTION_KERNEL=auto, which take a kernel that can serve"
+    )
 
 
 def find(name: str) -> Kernel:
@@ -186,13 +200,14 @@ def _cudnn(q, k, v, segments, offset, *, scores: Scores, causal: bool) -> jax.Ar
     return _on_each_device(run, q, k, v, segments)
 
 
-def _on_each_device(run, q, k, v, segments):
+def _on_each_device(run, q, k, v, segments, *, always: bool = False):
     """`run`, mapped by hand over the rest of the mesh where some axes are mapped by hand already (a pipeline).
 
-    The partitioner of the fused kernel cannot be called there.
+    The partitioner of the fused kernel cannot be called there, not even for axes of size 1. `always`: nor elsewhere.
     """
     free = compat.current_mesh_shape()
-    if not compat.in_manual_region() or all(size == 1 for size in free.values()):
+    spread = any(size > 1 for size in free.values())
+    if not (free if compat.in_manual_region() else always and spread):
         return run(q, k, v, segments)
     heads = parallel.spec("batch", None, "act_heads", None)
     rows = parallel.spec("batch", None)
@@ -205,8 +220,34 @@ def _on_each_device(run, q, k, v, segments):
     )(q, k, v, segments)
 
 
+def _te(q, k, v, segments, offset, *, scores: Scores, causal: bool) -> jax.Array:
+    from paxlike.ops import te  # it asks ops.attention whether FLOPs are counted
+
+    def run(q, k, v, segments):
+        return te.attention(q, k, v, scores=scores, causal=causal)
+
+    shards = parallel.num_shards("act_heads")
+    if k.shape[2] % shards:  # so that each device has the keys of its queries
+        k, v = (jnp.repeat(a, q.shape[2] // a.shape[2], axis=2) for a in (k, v))
+    return _on_each_device(run, q, k, v, None, always=True)
+
+
+def _te_missing() -> str | None:
+    from paxlike.ops import te
+
+    return te.missing()
+
+
 def _chunked(q, k, v, segments, offset, *, scores: Scores, causal: bool) -> jax.Array:
     return chunked_attention(q, k, v, segments, scores=scores, causal=causal)
+
+
+def _te_lacks(request: Request) -> str | None:
+    if request.segments:
+        return (
+            "of packed rows needs to be told how many documents a row has at most, and nobody knows"
+        )
+    return _cudnn_lacks(request)
 
 
 def _cudnn_lacks(request: Request) -> str | None:
@@ -230,6 +271,15 @@ def _cudnn_lacks(request: Request) -> str | None:
 
 
 KERNELS = (
+    Kernel(
+        "te",
+        "Transformer Engine",
+        _te,
+        _te_lacks,
+        missing=_te_missing,
+        by_name=True,
+        packages=("transformer_engine",),
+    ),
     Kernel("cudnn", "cuDNN", _cudnn, _cudnn_lacks),
     Kernel(
         "chunked",
@@ -241,4 +291,5 @@ KERNELS = (
     ),
     Kernel("reference", "reference", reference_attention, lambda request: None),
 )
+FUSED = ("fused", "te", "cudnn")  # `fused`: the first of the others that serves
 IMPLEMENTATIONS = ("auto", *(kernel.name for kernel in KERNELS))

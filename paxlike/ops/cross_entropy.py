@@ -21,6 +21,9 @@ from paxlike.ops import platform
 from paxlike.ops.matmul import contract_rows
 
 AUTO_CHUNK_BYTES = 256 << 20  # float32 logits that one device may hold at a time
+GPU_MULTIPLE = (
+    64  # rows of a table that the products of a GPU want; XLA pads to 8, anew in every chunk
+)
 CPU_CHUNK_BYTES = 16 << 20  # of them that a CPU's last cache keeps between the passes over them
 
 
@@ -146,10 +149,10 @@ def _auto_chunk_bytes(table_bytes: int) -> int:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _chunked(x, table, targets, weights, num_chunks, z_loss, logit_cap):
     """The value alone: what runs where nothing is differentiated."""
-    table = _gather_table(table, x.dtype)
+    full, vocab_size = _padded(_gather_table(table, x.dtype), logit_cap), table.shape[0]
 
     def one(piece):
-        return _sums(*piece, table, z_loss, logit_cap)[0]
+        return _sums(*piece, full, vocab_size, z_loss, logit_cap)[0]
 
     pieces = [_split(a, num_chunks) for a in (x, targets, weights)]
     if num_chunks == 1:
@@ -160,12 +163,14 @@ def _chunked(x, table, targets, weights, num_chunks, z_loss, logit_cap):
 
 
 def _chunked_forward(x, table, targets, weights, num_chunks, z_loss, logit_cap):
-    full = _gather_table(table, x.dtype)
+    full, vocab_size = _padded(_gather_table(table, x.dtype), logit_cap), table.shape[0]
     shards = _row_shards(x.shape[0])
 
     def one(gradient, piece):
         x, targets, weights = piece
-        parts, dlogits = _sums(x, targets, weights, full, z_loss, logit_cap, gradient=True)
+        parts, dlogits = _sums(
+            x, targets, weights, full, vocab_size, z_loss, logit_cap, gradient=True
+        )
         dx = _contract(dlogits, full, ((2,), (0,)))
         gradient = gradient + _table_gradient(dlogits, x, shards)
         return gradient, (
@@ -173,7 +178,7 @@ def _chunked_forward(x, table, targets, weights, num_chunks, z_loss, logit_cap):
             parallel.shard(dx.astype(x.dtype), "batch_shards", None, "act_embed"),
         )
 
-    zeros = jnp.zeros((shards, *table.shape), jnp.float32)
+    zeros = jnp.zeros((shards, *full.shape), jnp.float32)
     if num_chunks == 1:
         gradient, (parts, dx) = one(zeros, (x, targets, weights))
     else:
@@ -182,7 +187,8 @@ def _chunked_forward(x, table, targets, weights, num_chunks, z_loss, logit_cap):
         gradient, (parts, dx) = jax.lax.scan(one, zeros, pieces)
         parts, dx = jax.tree.map(lambda a: jnp.sum(a, axis=0), parts), _join(dx)
     # One reduction over the shards of the batch, after the loop rather than in it.
-    dtable = parallel.shard(jnp.sum(gradient, axis=0), "vocab", "embed").astype(table.dtype)
+    gradient = jnp.sum(gradient, axis=0)[:vocab_size]
+    dtable = parallel.shard(gradient, "vocab", "embed").astype(table.dtype)
     return (parts.loss + z_loss * parts.z_loss, parts), (dx, dtable, targets, weights)
 
 
@@ -199,9 +205,9 @@ def _chunked_backward(num_chunks, z_loss, logit_cap, residuals, cotangents):
 _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
-def _sums(x, targets, weights, table, z_loss, logit_cap, gradient: bool = False):
+def _sums(x, targets, weights, table, vocab_size, z_loss, logit_cap, gradient: bool = False):
     """Weighted sums over one chunk and, if asked, the derivative with respect to its logits in the compute dtype."""
-    logits, log_normaliser = _logits(x, table, logit_cap)
+    logits, log_normaliser = _logits(x, table, logit_cap, vocab_size)
     at = _at(logits, targets)
     nll = log_normaliser - at
     parts = CrossEntropy(
@@ -221,8 +227,10 @@ def _sums(x, targets, weights, table, z_loss, logit_cap, gradient: bool = False)
     return parts, parallel.shard(dlogits.astype(x.dtype), "batch_shards", None, "act_vocab")
 
 
-def _logits(x, table, logit_cap):
+def _logits(x, table, logit_cap, vocab_size: int | None = None):
     logits = _contract(x, table, ((2,), (1,)), preferred_element_type=jnp.float32)
+    if vocab_size is not None and vocab_size < table.shape[0]:  # no token has the rows behind
+        logits = jnp.where(jnp.arange(table.shape[0]) < vocab_size, logits, -jnp.inf)
     if logit_cap is not None:
         logits = logit_cap * jnp.tanh(logits / logit_cap)
     logits = parallel.shard(logits, "batch_shards", None, "act_vocab")
@@ -277,6 +285,15 @@ def _is_argmax(logits, at, targets):
 def _gather_table(table, dtype):
     """The table in the compute dtype, whole along its width: gathered over fsdp once, not in every chunk."""
     return parallel.shard(table.astype(dtype), "vocab", None)
+
+
+def _padded(table, logit_cap):
+    """The table with rows of zeros up to a multiple that suits the products of a GPU: once, not in every chunk."""
+    missing = -table.shape[0] % GPU_MULTIPLE
+    whole = parallel.num_shards("vocab") == parallel.num_shards("act_vocab") == 1
+    if not platform.is_nvidia() or not whole or logit_cap is not None or not missing:
+        return table
+    return jnp.pad(table, ((0, missing), (0, 0)))
 
 
 def _split(x, num_chunks: int):

@@ -92,21 +92,23 @@ class DotGeneral(nn.Module):
         dimension_numbers: Any,
         precision: Any = None,
     ) -> Float[Array, "..."]:
-        """`x` (*rows, p) times `kernel` (p, *features).
+        """`x` (*rows, p) times `kernel` (p, *features), or stacks (e, *rows, p) and (e, p, *features) one by one.
 
         Raises:
           ValueError: p, or the product of the features, is not a multiple of 16.
         """
-        if dimension_numbers != (((x.ndim - 1,), (0,)), ((), ())):
+        stacked = len(dimension_numbers[1][0])
+        lead = tuple(range(stacked))
+        if stacked > 1 or dimension_numbers != (((x.ndim - 1,), (stacked,)), (lead, lead)):
             raise ValueError(
                 f"FP8 multiplies rows with a weight, not along the dimensions {dimension_numbers}"
             )
-        check_sizes("/".join(self.path[:-1]), kernel.shape)
+        check_sizes("/".join(self.path[:-1]), kernel.shape[stacked:])
         check_hardware()
         if self.fp8.recipe == "current":
-            return product(x, kernel, None, self.fp8.margin)
+            return product(x, kernel, None, self.fp8.margin, stacked)
         seen = peaks(history(self, self.fp8.amax_history))
-        return product(x, kernel, seen, self.fp8.margin)
+        return product(x, kernel, seen, self.fp8.margin, stacked)
 
 
 def history(module: nn.Module, steps: int) -> Float[Array, "3 n"]:
@@ -141,28 +143,31 @@ def check_hardware() -> None:
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def product(
     x: Float[Array, "..."],
     w: Float[Array, "..."],
     peaks: Float[Array, "3"] | None,
     margin: int = 0,
+    stacked: int = 0,
 ) -> Float[Array, "..."]:
     """`x` (*rows, p) times `w` (p, *features), in the dtype of `x`.
 
     `peaks` are the amax of input, weight and gradient that the scales are made of; None: of these tensors. Their
-    "gradient" is the amax of these tensors.
+    "gradient" is the amax of these tensors. With `stacked` = 1 both have one more dimension in front, and each matrix
+    of `w` (e, p, *features) has rows of its own, (e, *rows, p); all share the three scales.
     """
-    return _forward(x, w, peaks, margin)[0]
+    return _forward(x, w, peaks, margin, stacked)[0]
 
 
-def _forward(x, w, peaks, margin):
+def _forward(x, w, peaks, margin, stacked):
     seen = amax(x), amax(w)
     used = seen if peaks is None else (peaks[0], peaks[1])
     x_scale, w_scale = scale(used[0], FORWARD, margin), scale(used[1], FORWARD, margin)
     narrow = quantize(x, x_scale, FORWARD)
     with jax.named_scope(f"{SCOPE}forward"):
-        y = _dot(narrow, quantize(w, w_scale, FORWARD), ((x.ndim - 1,), (0,)), x.dtype)
+        over = ((x.ndim - 1,), (stacked,))
+        y = _dot(narrow, quantize(w, w_scale, FORWARD), over, x.dtype, stacked)
     y = _times(y, x_scale * w_scale)
     # The weight as it came: a remat policy then gathers and rounds it again, rather than keep it whole. The input as
     # bytes: what a policy keeps goes through XLA's reduce_precision, to which E4M3 above 240 is infinite.
@@ -170,7 +175,7 @@ def _forward(x, w, peaks, margin):
     return y, (kept, w, peaks, x_scale, w_scale, seen)
 
 
-def _backward(margin, residuals, dy):
+def _backward(margin, stacked, residuals, dy):
     kept, w, peaks, x_scale, w_scale, seen = residuals
     narrow = jax.lax.bitcast_convert_type(kept, FORWARD)
     seen_dy = amax(dy)
@@ -179,11 +184,11 @@ def _backward(margin, residuals, dy):
     rows = narrow.ndim - 1
     features = tuple(range(rows, dy.ndim))
     with jax.named_scope(f"{SCOPE}input_grad"):
-        over = (features, tuple(range(1, w.ndim)))
-        dx = _dot(narrow_dy, quantize(w, w_scale, FORWARD), over, dy.dtype)
+        over = (features, tuple(range(stacked + 1, w.ndim)))
+        dx = _dot(narrow_dy, quantize(w, w_scale, FORWARD), over, dy.dtype, stacked)
     with jax.named_scope(f"{SCOPE}weight_grad"):
-        over = (tuple(range(rows)), tuple(range(rows)))
-        dw = _dot(narrow, narrow_dy, over, w.dtype)
+        over = (tuple(range(stacked, rows)), tuple(range(stacked, rows)))
+        dw = _dot(narrow, narrow_dy, over, w.dtype, stacked)
     dx, dw = _times(dx, dy_scale * w_scale), _times(dw, x_scale * dy_scale)
     return dx, dw, None if peaks is None else jnp.stack([*seen, seen_dy])
 
@@ -252,8 +257,9 @@ def _newest(like, seen):
     return jnp.zeros_like(like).at[..., 0].set(seen)
 
 
-def _dot(a, b, contracted, dtype):
-    return jax.lax.dot_general(a, b, (contracted, ((), ())), preferred_element_type=dtype)
+def _dot(a, b, contracted, dtype, stacked):
+    lead = tuple(range(stacked))
+    return jax.lax.dot_general(a, b, (contracted, (lead, lead)), preferred_element_type=dtype)
 
 
 def _times(x, factor):

@@ -53,10 +53,25 @@ grouped_matmul.defvjp(_forward, _backward)
 def _product(x, w, sizes, *, transposed: bool = False):
     """Each group times its matrix, or times the transposed one."""
     if platform.is_cpu():
-        return _product_in_blocks(x, w, sizes, transposed)
+        few = 2 * x.shape[0] <= w.shape[0]
+        return (_product_of_few if few else _product_in_blocks)(x, w, sizes, transposed)
     y = jax.lax.ragged_dot(x, w.swapaxes(1, 2) if transposed else w, sizes)
     # What stands behind the last group is not the same in every implementation.
     return jnp.where((jnp.arange(x.shape[0]) < jnp.sum(sizes))[:, None], y, 0)
+
+
+def _product_of_few(x, w, sizes, transposed):
+    """A matrix for each row, where most matrices have none (a token that is generated).
+
+    A loop wants all matrices in an array of their own, which is a copy where they are part of a stack of layers; rows
+    of such an array are fetched from where they lie.
+    """
+    ends, n = jnp.cumsum(sizes), jnp.arange(x.shape[0])
+    group = jnp.sum(n[:, None] >= ends[None], axis=1)
+    matrices = jnp.take(w, jnp.minimum(group, w.shape[0] - 1), axis=0, mode="clip")
+    contraction = (((1,), (2 if transposed else 1,)), ((0,), (0,)))
+    y = jax.lax.dot_general(x, matrices, contraction)
+    return jnp.where((n < ends[-1])[:, None], y, 0)
 
 
 class _Blocks(NamedTuple):

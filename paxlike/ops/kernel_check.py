@@ -82,6 +82,13 @@ class Settled:
         """See `attention_kernels.summary`."""
         return kernels.summary(self.choices)
 
+    def report(self, write: Callable[[str], None], warn: Callable[[str], None]) -> None:
+        """What was compared and what was replaced."""
+        for line in self.checks:
+            write(f"checked: {line}")
+        for line in self.refusals:
+            warn(line)
+
     @property
     def is_news(self) -> bool:
         """Whether it is anything but the plain form where there is no other."""
@@ -182,7 +189,7 @@ def compare(kernel: Kernel, request: Request, *, rows: int = ROWS, seed: int = 0
         got = _alone(lambda: _run(kernel, request, inputs))
         expected = _alone(lambda: _expected(request, inputs))
         errors = tuple(_error(a, b) for a, b in zip(got, expected, strict=True))
-    except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError, RuntimeError) as error:
+    except (ValueError, NotImplementedError, RuntimeError, AssertionError) as error:
         failure = " ".join(str(error).split())[:200] or type(error).__name__
     seconds = round(time.monotonic() - started, 3)
     return Verdict(errors, tolerance, length, failure, seconds)
@@ -310,7 +317,9 @@ def _about(kernel: Kernel, request: Request, rows: int) -> dict[str, Any]:
         "kernel": kernel.name,
         "request": dataclasses.asdict(dataclasses.replace(request, rows=rows)),
         "tolerance": TOLERANCE[request.dtype],
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")},
+        "versions": {
+            name: importlib.metadata.version(name) for name in ("jax", "jaxlib", *kernel.packages)
+        },
         "device": device.device_kind,
         "platform": device.client.platform_version,
         "driver": driver.read_text().split("\n")[0] if driver.exists() else "",

@@ -38,6 +38,11 @@ def traced_for(hardware: Hardware) -> contextlib.AbstractContextManager[None]:
     return _hardware.set(hardware)
 
 
+def is_here() -> bool:
+    """Whether programs are traced for the devices that there are."""
+    return _hardware.get() is None
+
+
 def name() -> str:
     """What programs run on: `cpu`, `gpu`, `tpu`."""
     hardware = _hardware.get()

@@ -1,4 +1,4 @@
-"""Transformer Engine as a backend of the same layers: matrix products with a weight by its kernels.
+"""Transformer Engine as a backend of the same layers: matrix products with a weight, and attention, by its kernels.
 
 The only file that imports it. Parameters, and the state of FP8, are those of `ops.fp8`, so that a checkpoint can be
 gone on with by either: Transformer Engine is called as a function, is given scales and an empty history, and what it
@@ -21,8 +21,9 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from paxlike import compat
-from paxlike.ops import fp8
+from paxlike.ops import fp8, platform
 from paxlike.ops.attention import is_plain
+from paxlike.ops.scores import Scores
 
 # Ours -> theirs.
 RECIPES = {
@@ -91,6 +92,11 @@ class DotGeneral(nn.Module):
             peaks = fp8.peaks(fp8.history(self, te.amax_history))
         if is_plain():  # FLOPs are counted on products that can be seen
             return jax.lax.dot_general(x, kernel, dimension_numbers)
+        if platform.is_nvidia() and not platform.is_here():
+            raise ValueError(
+                "USE_TE=True cannot be planned: Transformer Engine asks the GPU that it runs on while it is compiled; "
+                "plan with USE_TE=False (USE_FP8=True then plans our FP8 of the same layers)"
+            )
         return product(x, kernel, peaks, te.recipe, te.margin)
 
 
@@ -139,11 +145,71 @@ def _backward(recipe, margin, residuals, dy):
 product.defvjp(_forward, _backward)
 
 
+def attention(
+    q: Float[Array, "b s h k"],
+    k: Float[Array, "b t g k"],
+    v: Float[Array, "b t g k"],
+    *,
+    scores: Scores,
+    causal: bool,
+) -> Float[Array, "b s h k"]:
+    """Its fused attention (cuDNN's kernels) of whole rows, on one device, whatever the mesh."""
+    return _attention(q, k, v, scores, causal)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _attention(q, k, v, scores: Scores, causal: bool):
+    return _attention_forward(q, k, v, scores, causal)[0]
+
+
+def _attention_forward(q, k, v, scores: Scores, causal: bool):
+    its = engine().jax.attention
+    lengths = tuple(jnp.full(a.shape[:1], a.shape[1], jnp.int32) for a in (q, k))
+
+    def attend(q, k, v):
+        return its.fused_attn(
+            (q, k, v),
+            None,
+            its.SequenceDescriptor.from_seqlens(lengths),
+            None,
+            attn_bias_type=its.AttnBiasType.NO_BIAS,
+            attn_mask_type=its.AttnMaskType.CAUSAL_MASK if causal else its.AttnMaskType.NO_MASK,
+            qkv_layout=its.QKVLayout.BSHD_BSHD_BSHD,
+            softmax_type=its.AttnSoftmaxType.VANILLA_SOFTMAX,
+            scaling_factor=scores.scale,
+            dropout_probability=0.0,
+            is_training=True,
+            window_size=None if scores.window is None else (scores.window - 1, 0),
+        )
+
+    with _its_ways(engine().jax.MeshResource()):
+        return jax.vjp(attend, q, k, v)
+
+
+def _attention_backward(scores: Scores, causal: bool, back, dy):
+    with _its_ways(engine().jax.MeshResource()):
+        return back(dy)
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def missing() -> str | None:
+    """Why its attention cannot be used on this machine, as the end of a sentence; None where it can."""
+    if not platform.is_here():
+        return "cannot be planned: it asks the GPU that it runs on while it is compiled"
+    try:
+        engine()
+    except ValueError as error:
+        return str(error).partition("Transformer Engine ")[2].partition(": set USE_TE")[0]
+    return None
+
+
 @contextlib.contextmanager
-def _its_ways() -> Iterator[None]:
+def _its_ways(resource: Any = None) -> Iterator[None]:
     """It is told the mesh, and may broadcast and promote as numpy does."""
     with (
-        engine().jax.sharding.global_shard_guard(mesh_resource()),
+        engine().jax.sharding.global_shard_guard(resource or mesh_resource()),
         jax.numpy_rank_promotion("allow"),
         jax.numpy_dtype_promotion("standard"),
     ):

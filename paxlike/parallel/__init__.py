@@ -30,6 +30,7 @@ from paxlike.parallel.pipeline import (
 )
 from paxlike.parallel.rules import (
     DEFAULT_RULES,
+    STACKED,
     Rules,
     activate,
     check_axes,
@@ -52,6 +53,7 @@ __all__ = [
     "EXPERT",
     "LAYER_INPUT",
     "PIPELINE_AXIS",
+    "STACKED",
     "Context",
     "Kernel",
     "Mesh",

@@ -8,7 +8,6 @@ dimension: under fsdp the width of a weight is sharded and that of an activation
 from __future__ import annotations
 
 import contextlib
-import difflib
 import math
 from collections.abc import Iterator, Mapping
 
@@ -17,6 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from paxlike import compat
+from paxlike.nearest import did_you_mean
 from paxlike.scoped import Scoped
 
 MeshAxes = str | tuple[str, ...] | None
@@ -33,6 +33,7 @@ DEFAULT_RULES: Rules = {
     "norm": None,
     "position": None,
     "layers": "pipeline",
+    "whole_layers": None,  # of a stack in front of a pipeline
     "expert": "expert",
     "expert_embed": "fsdp",  # the width of expert weights; nothing where experts are over fsdp
     # activations
@@ -47,6 +48,9 @@ DEFAULT_RULES: Rules = {
     # of tokens, for the loss and for groups of tokens that are routed apart
     "batch_shards": ("context", "pipeline", "data", "fsdp", "expert"),
 }
+
+
+STACKED = ("layers", "whole_layers")  # names of the dimension that counts the layers of a stack
 
 
 def rules_with(**changes: MeshAxes) -> Rules:
@@ -170,13 +174,10 @@ def check_axes(sizes: Mapping[str, int], rules: Rules | None = None) -> None:
     }
     for axis, size in sizes.items():
         if size > 1 and axis not in known:
-            near = difflib.get_close_matches(
-                {"replica": "data", "mdl": "tensor"}.get(axis, axis), known, n=1
-            )
-            hint = f" (did you mean {near[0]}?)" if near else ""
+            near = did_you_mean({"replica": "data", "mdl": "tensor"}.get(axis, axis), known)
             raise ValueError(
-                f"MESH_AXES: nothing is spread over the axis '{axis}' of size {size}{hint}; the axes are "
-                f"{', '.join(sorted(known))}"
+                f"MESH_AXES: nothing is spread over the axis '{axis}' of size {size}; the axes are "
+                f"{', '.join(sorted(known))}{near}"
             )
 
 

@@ -7,9 +7,9 @@ Peak rates of matrix units are in `paxlike.log.throughput`. Sources: the makers'
 from __future__ import annotations
 
 import dataclasses
-import difflib
 
 from paxlike.log.throughput import peak_flops
+from paxlike.nearest import did_you_mean
 
 USABLE_MEMORY = 0.92  # share of a chip's memory that a program may take; the rest is the runtime's
 
@@ -184,9 +184,7 @@ CHIPS: dict[str, Chip] = {
 def find_chip(name: str) -> Chip:
     """The chip of this name; ValueError that lists them."""
     if name not in CHIPS:
-        near = difflib.get_close_matches(name.lower(), CHIPS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"--chip={name} is none of {', '.join(CHIPS)}{hint}")
+        raise ValueError(f"--chip={name} is none of {', '.join(CHIPS)}{did_you_mean(name, CHIPS)}")
     return CHIPS[name]
 
 

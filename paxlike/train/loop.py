@@ -384,10 +384,7 @@ class _Run:
         if self.experiment.kernels is None:
             return trace()
         settled = self.experiment.kernels.settle(trace)
-        for line in settled.checks:
-            self.log.progress.write(f"checked: {line}")
-        for line in settled.refusals:
-            self.log.warning(line)
+        settled.report(self.log.progress.write, self.log.warning)
         if settled.line and settled.line != self.kernels:
             self.kernels = settled.line
             self.log.event("attention", kernels=settled.line)

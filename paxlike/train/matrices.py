@@ -71,7 +71,7 @@ def split(leaf: Any) -> Split:
         return Split(stack, inputs, outputs[len(parts) :], is_table)
     if is_box(leaf):
         names = getattr(leaf, "names", ())
-        return Split(stack=tuple(i for i, name in enumerate(names) if name == "layers"))
+        return Split(stack=tuple(i for i, name in enumerate(names) if name in parallel.STACKED))
     return Split((), (0,), (1,)) if leaf.ndim == 2 else Split()
 
 

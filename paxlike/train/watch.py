@@ -36,7 +36,8 @@ class Watch:
         boxes = named(factory.boxed().params)
         # Arrays of a stack have the layers in front.
         stacked = {
-            name: is_box(box) and box.names[:1] == ("layers",) for name, box in boxes.items()
+            name: is_box(box) and box.names[:1] != () and box.names[0] in parallel.STACKED
+            for name, box in boxes.items()
         }
 
         def measure(state, batch):

@@ -123,6 +123,9 @@ def _rotation(parameters: Any, scaling: Any) -> dict[str, Any]:
     theta = {"rope_theta": given.pop("rope_theta")} if "rope_theta" in given else {}
     kind = given.pop("type", None)
     kind = given.pop("rope_type", kind) or "default"
+    if kind == "yarn":  # What a file need not say.
+        given = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True, **given}
+        given = {key: value for key, value in given.items() if value is not None}
     return theta | {"rope_scaling": None if kind == "default" else {"rope_type": kind, **given}}
 
 

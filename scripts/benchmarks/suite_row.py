@@ -28,6 +28,7 @@ from paxlike.train.program import batch_spec, jit_step, model_flops, state_facto
 H100 = find_chip("h100")
 _CHECKED = "PAXLIKE_SUITE_CHECKS"
 STEPS, SECONDS = 20, 8.0  # at most, of a measured row
+ROOM = 0.87  # of the usable memory: nearer to it, the compiler computes again what it could keep
 
 
 def main() -> int:
@@ -87,24 +88,31 @@ def _planned(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def _deepest(task: dict[str, Any], whole: int):
-    """(layers, plan) of the most layers that fit, in a few compiles: from a guess, or by the slope of the peak."""
+    """(layers, plan) of the most layers that fit with room to spare, in a few compiles: by the slope of the peak.
+
+    A guess that fits is taken.
+    """
     guess = task.get("guess")
     plans = {n: _plan(task, n) for n in ((guess,) if guess else (1, 2))}
     for _ in range(5):
-        fitting = max((n for n, plan in plans.items() if plan.fits), default=0)
-        above = min((n for n, plan in plans.items() if not plan.fits), default=whole + 1)
-        if above - fitting <= 1:
+        fitting = max((n for n, plan in plans.items() if _fits(plan)), default=0)
+        above = min((n for n, plan in plans.items() if not _fits(plan)), default=whole + 1)
+        if above - fitting <= 1 or fitting == guess:
             break
         if len(plans) == 1:
-            wanted = guess + (1 if fitting else -1)
+            wanted = guess - 1
         else:
             (n, a), (m, b) = sorted(plans.items())[-2:]
             slope = max((b.memory.peak - a.memory.peak) / (m - n), 1)
-            wanted = n + int((a.usable_memory - a.memory.peak) / slope)
+            wanted = n + int((ROOM * a.usable_memory - a.memory.peak) / slope)
         wanted = min(max(wanted, fitting + 1), above - 1)
         plans[wanted] = _plan(task, wanted)
-    fitting = max((n for n, plan in plans.items() if plan.fits), default=min(plans))
+    fitting = max((n for n, plan in plans.items() if _fits(plan)), default=min(plans))
     return fitting, plans[fitting]
+
+
+def _fits(plan) -> bool:
+    return plan.memory.peak <= ROOM * plan.usable_memory
 
 
 def _plan(task: dict[str, Any], layers: int | None):

@@ -50,6 +50,20 @@ def started(*commands, output):
         for process in found:
             process.kill()
             process.wait()
+    deadline = time.monotonic() + 10
+    while (left := processes_of(output.parent)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not left, f"processes {left} are left behind"
+
+
+def processes_of(folder):
+    """Processes of this machine whose command line names `folder`."""
+    found = []
+    for process in pathlib.Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if str(folder).encode() in (process / "cmdline").read_bytes():
+                found.append(int(process.name))
+    return found
 
 
 def wait_until(condition, process):
@@ -134,36 +148,36 @@ def test_a_signal_in_an_evaluation_stops_it_and_it_is_made_up_for(straight, text
 
 def test_a_time_limit_saves_and_stops(text, tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_END_TIME", "32503680000")  # far away: the knob comes first
-    knobs = {**text, "MAX_STEPS": 10**6, "EVAL_INTERVAL_STEPS": 10**6, "TIME_LIMIT": 0.3}
+    knobs = {**text, "MAX_STEPS": 10**6, "EVAL_INTERVAL_STEPS": 10**6, "TIME_LIMIT": 0.2}
     knobs |= {"CHECKPOINT_EVERY_N_STEPS": 10**6, "SUMMARY_INTERVAL_STEPS": 100}
     done = runs.run(tmp_path, knobs, expect=EXIT_PREEMPTED)
     last_line = (tmp_path / "config.txt").read_text().splitlines()[-1]
     assert last_line.startswith("# this job ends at 3000-01-01 00:00:00+00:00")
     assert "time limit: saving a checkpoint and stopping" in done.stderr
     (stopped,) = [line for line in lines(tmp_path) if line.get("event") == "stopped"]
-    # On a machine so busy that it took no step in 18 seconds there is nothing to save.
+    # On a machine so busy that it took no step in 12 seconds there is nothing to save.
     saved = tmp_path / "checkpoints" / f"checkpoint_{stopped['step']:08d}"
     assert saved.is_dir() or stopped["step"] == 0
 
 
-def test_two_processes_one_killed_go_on_as_one(straight, text, tmp_path):
+def test_two_processes_one_killed_in_an_evaluation_go_on_as_one(straight, text, tmp_path):
     directory, output = tmp_path / "run", tmp_path / "output"
     knobs = {**text, "DCN_MESH_SHAPE": "[1,2,1]", "ICI_MESH_SHAPE": "[1,1,1]"}
-    knobs |= {"PERCORE_BATCH_SIZE": 2, "MAX_STEPS": 10**6, "EVAL_MAX_BATCHES": 3}
+    knobs |= {"PERCORE_BATCH_SIZE": 2}
     flags = ["--multiprocess_gpu", f"--server_addr=127.0.0.1:{runs.free_port()}", "--num_hosts=2"]
     commands = [runs.command(directory, knobs, *flags, f"--host_idx={n}") for n in (0, 1)]
     with started(*commands, output=output) as (first, second):
-        wait_until(lambda: (directory / "checkpoints/checkpoint_00000003").is_dir(), first)
+        wait_until(lambda: 6 in steps(directory), first)
         second.kill()
         assert first.wait(timeout=60) == EXIT_LOST
+    assert steps(directory, "HeldOut") == [3]
     said = pathlib.Path(f"{output}.0").read_text()
     assert "check: 1 node, 2 processes, 1 x cpu each" in said
     assert "axis fsdp (2) crosses processes: sum right" in said
     assert f"pid {second.pid}) died; see " in said and "Traceback" not in said
     assert f"pid {second.pid}) died" in (directory / "processes/failure.txt").read_text()
     # The same rows in the same order: PERCORE_BATCH_SIZE x devices is what counts.
-    reached = max(steps(directory))
-    runs.run(directory, {**text, "MAX_STEPS": max(6, reached)})
-    ours, theirs = runs.losses(directory), runs.losses(straight)
-    np.testing.assert_allclose([ours[n] for n in theirs], list(theirs.values()), rtol=1e-5)
+    done = runs.run(directory, text)
+    assert "going on from the checkpoint of step 3" in done.stderr
+    assert_same_losses(directory, straight, rtol=1e-5)
     assert_time_adds_up(directory, num_starts=2)

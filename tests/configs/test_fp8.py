@@ -5,7 +5,7 @@ import sys
 import fiddle as fdl
 import pytest
 
-from configs import flags
+from configs import flags, glam
 from paxlike.ops.fp8 import Fp8
 from tests.configs.test_gpt import shrink
 
@@ -38,6 +38,21 @@ def test_some_of_them_and_how():
     assert found == dict.fromkeys(("mixer/out", "ffn/ffn1", "ffn/ffn2"), Fp8("current", 1024, 1))
     two = layers(USE_FP8=True, FP8_LAYERS="ffn1$", FP8_AMAX_HISTORY=16)
     assert two == {"ffn/ffn1": Fp8("delayed", 16, 0)}
+
+
+def experts(**changes):
+    """Name of each layer of experts of a GLaM -> how it multiplies."""
+    tree = glam.SyntheticGLaM126M64E(USE_FP8=True, **changes).experiment()
+    block, _ = tree.model.stack.period
+    return sorted(getattr(block.ffn, "dot_general_cls", None) or {})
+
+
+def test_experts_that_have_places():
+    assert experts() == experts(FP8_LAYERS="ffn/") == ["ffn1", "ffn2"]
+    assert experts(MOE_DISPATCH="sort") == experts(FP8_LAYERS="mixer") == []
+    with pytest.raises(ValueError, match="'ffn' names .*/ffn/ffn1, but rows sorted by") as error:
+        experts(FP8_LAYERS="ffn", EXPERT_CAPACITY_FACTOR=None)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -211,15 +211,18 @@ def test_bad_knobs_are_refused(changes, message):
         (True, "auto", "cudnn"),
         (False, "auto", "reference"),
         (False, "chunked", "chunked"),
+        (True, "te", "te"),
     ],
 )
 def test_attention_kernel(switch, kernel, expected):
     knobs = {"USE_CUDNN_FLASH_ATTENTION": switch, "ATTENTION_KERNEL": kernel}
     assert gpt.Quickstart(**knobs).attention_backend() == expected
+    if switch and kernel == "auto":
+        assert gpt.Quickstart(**knobs, USE_TE=True).attention_backend() == "fused"
 
 
 def test_attention_kernels_that_contradict_each_other():
-    for switch, kernel in ((True, "chunked"), (False, "cudnn")):
+    for switch, kernel in ((True, "chunked"), (False, "cudnn"), (False, "te")):
         knobs = gpt.Quickstart(USE_CUDNN_FLASH_ATTENTION=switch, ATTENTION_KERNEL=kernel)
         with pytest.raises(ValueError, match=f"{switch} and ATTENTION_KERNEL={kernel} contradict"):
             knobs.experiment()

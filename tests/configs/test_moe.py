@@ -5,7 +5,7 @@ import pathlib
 import fiddle as fdl
 import pytest
 
-from configs import flags, glam, mixtral
+from configs import deepseek, flags, glam, mixtral
 from paxlike.ops.routing import capacity
 from paxlike.train.state import num_parameters
 from tests.configs.golden_files import compare, tree_of_parameters, variables
@@ -98,6 +98,16 @@ def test_what_does_not_fit_is_refused_in_one_line(name, changes, message):
     with pytest.raises(ValueError, match=message) as error:
         config(name, **changes).experiment()
     assert "\n" not in str(error.value).split("\n\nFiddle context")[0]
+
+
+def test_dense_layers_come_in_front_of_a_pipeline():
+    changes = {"NUM_STAGES": 2, "ICI_MESH_SHAPE": (2, 1, 4, 1), "DCN_MESH_SHAPE": (1, 1, 1, 1)}
+    model = deepseek.DeepSeekV2Lite(**changes, NUM_MICROBATCHES=4).experiment().model
+    assert (model.prefix.repeats, model.prefix.pipeline) == (1, None)
+    assert (model.stack.repeats, model.stack.pipeline.num_microbatches) == (26, 4)
+    assert "num_experts" not in dir(model.prefix.period[0].ffn)
+    with pytest.raises(ValueError, match="25 repeats of the stack's blocks do not divide over NUM"):
+        deepseek.DeepSeekV2Lite(**changes, FIRST_DENSE_LAYERS=2).experiment()
 
 
 @pytest.mark.parametrize(("target", "adapted"), [("attention", False), ("mlp", True)])

@@ -7,9 +7,9 @@ from commands import PILE, refused, resolve
 from toy_package import gpt
 
 from configs import flags
-from configs.cli.nearest import nearest
 from configs.flags import UsageError
 from configs.knobs import knobs
+from paxlike.nearest import nearest
 
 # Near names.
 

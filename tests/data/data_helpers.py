@@ -3,6 +3,9 @@
 import json
 
 import numpy as np
+import sentencepiece
+
+from paxlike.data.tokenizers import SentencePieceTokenizer
 
 TEXTS = [
     "alpha beta",
@@ -12,6 +15,20 @@ TEXTS = [
     "one two three four five six seven",
     "zz " * 30,
 ]
+
+
+def byte_fallback_model(path, sentences):
+    """A SentencePiece model like LLaMA's: bos 1, eos 2, a word boundary before every text."""
+    with open(path, "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences * 30),
+            model_writer=file,
+            vocab_size=300,
+            model_type="bpe",
+            byte_fallback=True,
+            minloglevel=2,
+        )
+    return SentencePieceTokenizer(str(path))
 
 
 def write_json_lines(path, texts, key="text"):

@@ -2,7 +2,7 @@ import json
 
 import numpy as np
 import pytest
-import sentencepiece
+from data.data_helpers import byte_fallback_model
 from data.hf_folders import byte_level, word_boundary
 
 from paxlike.data.boolq import BoolQ, boolq_prompt
@@ -13,7 +13,7 @@ from paxlike.data.lambada import Lambada
 from paxlike.data.loader import Loader
 from paxlike.data.mixtures import Mixture
 from paxlike.data.sources import JsonLines, TfdsSource
-from paxlike.data.tokenizers import ByteTokenizer, SentencePieceTokenizer
+from paxlike.data.tokenizers import ByteTokenizer
 
 RECORDS = [
     {"question": "is grass green", "passage": "Grass is green.", "answer": True},
@@ -24,18 +24,8 @@ RECORDS = [
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    """A SentencePiece model as LLaMA's: bos 1, eos 2, a word boundary before every text."""
-    path = tmp_path_factory.mktemp("spm") / "m.model"
-    with open(path, "wb") as file:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(["yes no", "question is grass green answer"] * 30),
-            model_writer=file,
-            vocab_size=300,
-            model_type="bpe",
-            byte_fallback=True,
-            minloglevel=2,
-        )
-    return SentencePieceTokenizer(str(path))
+    sentences = ["yes no", "question is grass green answer"]
+    return byte_fallback_model(tmp_path_factory.mktemp("spm") / "m.model", sentences)
 
 
 def lines(folder, records=RECORDS, name="val.jsonl"):

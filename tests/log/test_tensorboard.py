@@ -1,5 +1,8 @@
 """Event files are read back record by record, with their checksums."""
 
+import subprocess
+import sys
+
 import pytest
 
 from paxlike.log.tensorboard import EventFile, tag_of
@@ -48,3 +51,8 @@ def test_files_opened_in_one_second_do_not_overwrite_each_other(tmp_path, read_s
 )
 def test_tags_are_those_of_pax(name, tag):
     assert tag_of(name) == tag
+
+
+def test_torch_is_not_loaded_for_it():
+    code = "import sys, paxlike.log.tensorboard; assert 'torch' not in sys.modules, 'loaded'"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from paxlike.ops import fp8
+from paxlike.ops.reference_attention import whole_attention
+from paxlike.ops.scores import Scores
 
 
 @jax.tree_util.register_dataclass
@@ -86,6 +88,35 @@ def guard(resource):
     yield
 
 
+def fused_attn(
+    qkv,
+    bias,
+    sequence_descriptor,
+    seed,
+    *,
+    attn_bias_type,
+    attn_mask_type,
+    qkv_layout,
+    softmax_type,
+    scaling_factor,
+    dropout_probability,
+    is_training,
+    window_size=None,
+):
+    q, k, v = qkv
+    assert bias is None and seed is None and dropout_probability == 0.0 and is_training
+    assert (attn_bias_type, qkv_layout, softmax_type) == ("none", "bshd", "vanilla")
+    assert [a.shape for a in sequence_descriptor] == [q.shape[:1], k.shape[:1]]
+    assert guards[-1] == MeshResource()
+    window = None
+    if window_size is not None:
+        left, right = window_size
+        assert right == 0
+        window = left + 1
+    scores = Scores(scaling_factor, window, None)
+    return whole_attention(q, k, v, None, scores=scores, causal=attn_mask_type == "causal")
+
+
 def modules():
     """Name -> module."""
     recipe = types.ModuleType("transformer_engine.common.recipe")
@@ -94,6 +125,14 @@ def modules():
     engine.MeshResource = MeshResource
     engine.dense = types.SimpleNamespace(dense=dense)
     engine.sharding = types.SimpleNamespace(global_shard_guard=guard)
+    engine.attention = types.SimpleNamespace(
+        fused_attn=fused_attn,
+        SequenceDescriptor=types.SimpleNamespace(from_seqlens=lambda pair: pair),
+        AttnBiasType=types.SimpleNamespace(NO_BIAS="none"),
+        AttnMaskType=types.SimpleNamespace(CAUSAL_MASK="causal", NO_MASK="no"),
+        QKVLayout=types.SimpleNamespace(BSHD_BSHD_BSHD="bshd"),
+        AttnSoftmaxType=types.SimpleNamespace(VANILLA_SOFTMAX="vanilla"),
+    )
     engine.quantize = types.SimpleNamespace(
         QuantizeMeta=Quantizer,
         QuantizeMetaSet=lambda x, kernel, grad: [x, kernel, grad],

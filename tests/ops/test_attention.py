@@ -144,7 +144,7 @@ def test_products_of_16_bits_stay_so_in_the_backward_pass(kv_heads):
 def test_unknown_implementation():
     q, k, v = _qkv()
     # A run that checks annotations refuses it before the function can.
-    message = "attention implementation 'flash' is none of auto, cudnn, chunked, reference|Actual value: 'flash'"
+    message = "attention implementation 'flash' is none of auto, te, cudnn, chunked, reference|Actual value: 'flash'"
     with pytest.raises((ValueError, TypeError), match=message):
         attention(q, k, v, causal=True, implementation="flash")
 

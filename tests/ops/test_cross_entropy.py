@@ -8,7 +8,7 @@ from collectives import collectives
 from jax.test_util import check_grads
 
 from paxlike import parallel
-from paxlike.ops import cross_entropy
+from paxlike.ops import cross_entropy, platform
 from paxlike.ops.cross_entropy import linear_cross_entropy, token_cross_entropy
 
 B, S, D, V = 4, 12, 16, 40
@@ -51,6 +51,20 @@ def test_capped_logits(example, chunk):
     x, table, targets, weights = map(jnp.asarray, example)
     nll, _ = token_cross_entropy(x, table, targets, chunk=chunk, logit_cap=2.0)
     np.testing.assert_allclose(jnp.sum(nll * weights), expected_parts[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [0, 5])
+def test_a_table_that_is_padded_for_a_gpu_gives_the_same(example, chunk):
+    """40 rows become 64 there."""
+    how = {"chunk": chunk, "z_loss": 0.1}
+    plain = _run(example, **how)
+    with platform.traced_for(platform.Hardware("cuda", 9.0)):
+        assert cross_entropy._padded(jnp.zeros((V, D)), None).shape == (64, D)
+        padded = _run(example, **how)
+        value = linear_cross_entropy(*map(jnp.asarray, example), **how)[0]
+    for one, other in zip(jax.tree.leaves(padded), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(value, plain[0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("chunk", [0, 4])

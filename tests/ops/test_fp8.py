@@ -53,6 +53,24 @@ def test_products_are_those_of_rounded_tensors(recipe, margin):
     assert 0.02 < relative(dw, np.einsum("bsp,bscq->pcq", x, dy)) < 0.09
 
 
+def test_a_stack_of_matrices_multiplies_each_its_own_rows():
+    """Experts: the products of each by itself, with scales that all share, and the largest of what they see."""
+    x, w, dy = (jnp.stack([t, 3.0 * t[..., ::-1]]) for t in operands(features=(32,)))
+    peaks = peaks_of(x, w, dy)
+
+    @jax.jit
+    def pulled(x, w, dy):
+        y, back = jax.vjp(lambda *a: fp8.product(*a, 0, w.ndim - 2), x, w, peaks)
+        return (y, *back(dy))
+
+    *found, seen = pulled(x, w, dy)
+    parts = [pulled(*t) for t in zip(x, w, dy)]
+    for ours, *theirs in zip(found, *(part[:3] for part in parts), strict=True):
+        np.testing.assert_allclose(ours, jnp.stack(theirs), rtol=1e-6, atol=1e-12)
+    np.testing.assert_array_equal(seen, peaks)
+    np.testing.assert_array_equal(seen, np.max([part[3] for part in parts], axis=0))
+
+
 def test_bfloat16_in_bfloat16_out():
     x, w, dy = operands(dtype="bfloat16")
     y, back = jax.vjp(lambda x, w: fp8.product(x, w, None), x, w)

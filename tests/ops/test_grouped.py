@@ -110,3 +110,11 @@ def test_only_matrices_that_have_rows_are_read():
     blocks = _blocks(4, sizes)
     assert int(blocks.used) == 2
     assert blocks.group[:2].tolist() == [3, 40]
+    # What is multiplied with 0 would be seen where it is no number.
+    x, w, _ = operands(4, 6, 4, 64)
+    bad = jnp.where((sizes > 0)[:, None, None], w, jnp.nan)
+    expected = jnp.concatenate([x[:2] @ w[3], x[2:] @ w[40]])
+    found, pull = jax.vjp(lambda x: grouped_matmul(x, bad, sizes), x)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    back = jnp.concatenate([found[:2] @ w[3].T, found[2:] @ w[40].T])
+    np.testing.assert_allclose(pull(found)[0], back, rtol=1e-5, atol=1e-6)

@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import types
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from paxlike import parallel
+from paxlike.evaluate import Evaluator
+from paxlike.log.metric import Metric
 from paxlike.ops import attention, kernel_check, platform
 from paxlike.ops import attention_kernels as kernels
 from paxlike.ops.kernel_check import KernelCheck, compare
@@ -115,8 +118,8 @@ def test_a_request_is_of_one_device():
 
 
 def wrong_forward(q, k, v, segments, offset, *, scores, causal):
-    """A window that is one key short."""
-    window = (scores.window or k.shape[1]) - 1
+    """A window that is one key short, or of two."""
+    window = (scores.window or 3) - 1
     return CHUNKED.attend(
         q, k, v, segments, offset, scores=scores._replace(window=window), causal=causal
     )
@@ -229,3 +232,43 @@ def test_the_check_runs_inside_a_mesh(tmp_path):
     """Of four devices: it is made on one, whatever mesh is in force."""
     with parallel.activate(parallel.Mesh(ici=(4, 1, 1)).build(jax.devices()[:4])):
         assert KernelCheck(folder=str(tmp_path)).settle(traced()).refusals == ()
+
+
+def test_an_evaluation_uses_what_was_compared(tmp_path, monkeypatch):
+    plant(monkeypatch, wrong_forward)
+    q = jax.random.normal(jax.random.key(0), (2, 32, 2, 8))
+    attend = lambda name: attention.attention(q, q, q, causal=True, implementation=name)[:, 5].sum()
+    task = types.SimpleNamespace(
+        evaluate=lambda model, variables, batch: {"sum": Metric(attend("auto"), 1.0)}
+    )
+    tokens = jnp.zeros((2, 32), jnp.int32)
+    data = types.SimpleNamespace(
+        spec=lambda rows, evaluation: {"tokens": tokens}, epoch=lambda **_: [{"tokens": tokens}]
+    )
+    mesh = parallel.Mesh().build(jax.devices()[:1])
+    with parallel.activate(mesh):
+        evaluator = Evaluator("heldout", data, task, None, global_batch=2, mesh=mesh)
+        settled = evaluator.settle(KernelCheck(folder=str(tmp_path)), {})
+        found = evaluator.run({})["sum"].sum
+    assert "chunked attention is not used" in settled.refusals[0]
+    assert found == pytest.approx(float(attend("reference")), rel=1e-5)
+
+
+def test_a_fused_kernel_sees_no_axis_that_is_not_mapped_by_hand():
+    """As in a pipeline: not even one of size 1, for which XLA asked its partitioner and failed."""
+    seen = []
+
+    def run(q, k, v, segments):
+        seen.append(set(jax.sharding.get_abstract_mesh().manual_axes))
+        return q
+
+    def stage(q):
+        return kernels._on_each_device(run, q, q, q, None)
+
+    with parallel.activate(parallel.Mesh(ici=(1, 2, 1)).build(jax.devices()[:2])):
+        spec = jax.sharding.PartitionSpec("fsdp")
+        mapped = jax.shard_map(
+            stage, in_specs=spec, out_specs=spec, axis_names={"fsdp"}, check_vma=False
+        )
+        jax.eval_shape(mapped, jnp.zeros((2, 4, 2, 4)))
+    assert seen == [{"data", "fsdp", "tensor"}]

@@ -68,6 +68,29 @@ def test_llama3_scaling_leaves_short_wavelengths_and_divides_long_ones():
     assert np.all(between < 1) and np.all(between > 1 / 8) and np.all(np.diff(between) < 0)
 
 
+def test_yarn_leaves_fast_pairs_and_divides_slow_ones():
+    scaling = RopeScaling("yarn", 4.0, original_length=4096)
+    plain, scaled = Rope(1e4).frequencies(128), Rope(1e4, scaling=scaling).frequencies(128)
+    turns = 4096 * plain / (2 * math.pi)
+    fast, slow = turns > 32.01 * 1e4 ** (1 / 64), turns < 0.99 * 1e4 ** (-1 / 64)  # one pair away
+    assert fast.sum() > 15 and slow.sum() > 10 and (~fast & ~slow).sum() > 20
+    np.testing.assert_array_equal(scaled[fast], plain[fast])
+    np.testing.assert_allclose(scaled[slow], plain[slow] / 4, rtol=1e-6)
+    between = scaled[~fast & ~slow] / plain[~fast & ~slow]
+    assert np.all(np.diff(between) <= 0) and between[0] > 0.9 and between[-1] < 0.3
+
+
+def test_yarn_makes_what_it_turns_larger():
+    size = lambda x: np.linalg.norm(x)
+    grown = lambda scaling: size(Rope(scaling=scaling)(X, POSITIONS)) / size(X)
+    assert grown(RopeScaling("yarn", 40.0)) == pytest.approx(0.1 * math.log(40.0) + 1, rel=1e-5)
+    one_eighth = RopeScaling("yarn", 40.0, mscale=0.25, mscale_all_dim=0.125)
+    weight = lambda w: 0.1 * w * math.log(40.0) + 1
+    assert grown(one_eighth) == pytest.approx(weight(0.25) / weight(0.125), rel=1e-5)
+    assert one_eighth.score_factor == pytest.approx(weight(0.125) ** 2)
+    assert grown(RopeScaling("yarn", 0.5)) == pytest.approx(1.0, rel=1e-5)  # rows got shorter
+
+
 def test_result_has_the_dtype_of_the_input():
     assert Rope()(X.astype("bfloat16"), POSITIONS).dtype == "bfloat16"
 
@@ -78,7 +101,19 @@ def test_result_has_the_dtype_of_the_input():
         (lambda: Rope(layout="whole"), "ROPE_LAYOUT='whole' is none of half, interleaved"),
         (lambda: Rope(theta=0.0), "ROPE_THETA=0.0 must be above 0"),
         (lambda: Rope().frequencies(7), "DIMS_PER_HEAD=7 must be even"),
-        (lambda: RopeScaling("yarn", 2.0), "ROPE_SCALING='yarn' is none of linear, llama3"),
+        (lambda: RopeScaling("ntk", 2.0), "ROPE_SCALING='ntk' is none of linear, llama3, yarn"),
+        (
+            lambda: RopeScaling("yarn", 2.0, beta_fast=1.0),
+            "ROPE_BETA_SLOW=1.0 must be above 0 and below ROPE_BETA_FAST=1.0",
+        ),
+        (
+            lambda: RopeScaling("yarn", 2.0, mscale=1.0),
+            "ROPE_MSCALE=1.0 and ROPE_MSCALE_ALL_DIM=None: set both or neither",
+        ),
+        (
+            lambda: Rope(1.0, scaling=RopeScaling("yarn", 2.0)),
+            "ROPE_THETA=1.0 must be above 1 with ROPE_SCALING='yarn'",
+        ),
         (lambda: RopeScaling("linear", 0.0), "ROPE_SCALING_FACTOR=0.0 must be above 0"),
         (
             lambda: RopeScaling("llama3", 8.0, 4.0, 4.0),

@@ -4,8 +4,10 @@ With Transformer Engine (scripts/build_te_cpu.sh) its own CPU forms are tested, 
 tests what lies around it.
 """
 
+import dataclasses
 import importlib
 import os
+import re
 import sys
 
 import jax
@@ -15,11 +17,14 @@ import pytest
 import tiny
 from parallel import meshes
 
+from paxlike import parallel
 from paxlike.layers.linear import Linear
 from paxlike.layers.lora import Lora
 from paxlike.log.flops import matmul_flops
-from paxlike.ops import attention, fp8, te
+from paxlike.ops import attention, fp8, platform, te
+from paxlike.ops import attention_kernels as kernels
 from paxlike.ops.fp8 import STATE, Fp8
+from paxlike.ops.scores import Scores
 from paxlike.ops.te import TransformerEngine
 from tests.ops import te_stand_in
 
@@ -71,6 +76,40 @@ def test_products_and_what_is_seen_are_ours(engine, recipe, margin):
     for one, other in zip(back(dy), expected_back(dy)):
         if one is not None:
             np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-10)
+
+
+def in_blocks(x, axis):
+    """`x` with each 32 values along `axis` rounded to E4M3, by a power of two that they share (OCP MX, 2023)."""
+    moved = np.moveaxis(np.asarray(x, np.float32), axis, -1)
+    blocks = moved.reshape(*moved.shape[:-1], -1, 32)
+    peak = np.abs(blocks).max(-1, keepdims=True)
+    power = 2.0 ** np.ceil(np.log2(peak / 448.0))
+    rounded = np.asarray((blocks / power).astype(jnp.float8_e4m3fn), np.float32) * power
+    return np.moveaxis(rounded.reshape(moved.shape), -1, axis)
+
+
+def test_blocks_of_32_are_rounded_as_the_standard_says(engine, monkeypatch):
+    """MXFP8 up to the product itself, which no CPU has: products of what Transformer Engine has rounded."""
+    if engine == "stand-in":
+        pytest.skip(f"the stand-in has no blocks. {MISSING}")
+
+    def multiply(x, w, x_scales, w_scales, preferred_element_type):
+        wide = lambda t, s: t.astype("float32") * jnp.repeat(s.astype("float32"), 32, axis=-1)
+        y = jnp.einsum("bmk,bnk->bmn", wide(x, x_scales), wide(w, w_scales))
+        return y.astype(preferred_element_type)
+
+    monkeypatch.setattr(jax.nn, "scaled_matmul", multiply)
+    keys = jax.random.split(jax.random.key(0), 4)
+    # Blocks of very different size.
+    size = jnp.exp2(jax.random.randint(keys[3], (64, 1), -12, 4).astype("float32"))
+    x = jax.random.normal(keys[0], (64, 96)) * size
+    w, dy = 0.02 * jax.random.normal(keys[1], (96, 32)), jax.random.normal(keys[2], (64, 32))
+    found, back = jax.vjp(lambda x, w: te.product(x, w, None, "mxfp8"), x, w)
+    dx, dw = back(dy)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * np.abs(b).max())
+    close(found, in_blocks(x, 1) @ in_blocks(w, 0))
+    close(dx, in_blocks(dy, 1) @ in_blocks(w, 1).T)
+    close(dw, in_blocks(x, 0).T @ in_blocks(dy, 0))
 
 
 def net_of(product, **options):
@@ -145,6 +184,108 @@ def test_flops_are_counted_on_products_that_can_be_seen(engine):
     assert matmul_flops(forward, x) == 2 * 2 * 16 * 48 * 32
 
 
+def heads(heads=4, kv_heads=2, dtype="float32"):
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = [(4, 24, h, 16) for h in (heads, kv_heads, kv_heads)]
+    return [jax.random.normal(k, s).astype(dtype) for k, s in zip(keys, shapes)]
+
+
+def attend(q, k, v, *, causal=True, window=None):
+    """By the kernel, whatever device this is."""
+    scores = Scores(0.25, window, None)
+    return kernels.find("te").attend(q, k, v, None, None, scores=scores, causal=causal)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 5}, {"causal": False}], ids=str)
+def test_attention_is_asked_for_what_is_wanted(engine, monkeypatch, options):
+    """The stand-in gives the numbers; of the real one the call for a GPU is made, forward and backward."""
+    q, k, v = heads()
+    if engine == "stand-in":
+        expected = attention.attention(
+            q, k, v, scale=0.25, implementation="reference", **{"causal": True, **options}
+        )
+        np.testing.assert_allclose(attend(q, k, v, **options), expected, rtol=1e-5, atol=1e-6)
+        return
+    calls = cuda_calls(monkeypatch, lambda *a: attend(*a, **options), heads(dtype="bfloat16"))
+    window = options.get("window")
+    asked = {
+        "attn_heads": 4,
+        "num_gqa_groups": 2,
+        "q_max_seqlen": 24,
+        "scaling_factor": "2.500000e-01",
+        "window_size_left": -1 if window is None else window - 1,
+        # NVTE_NO_MASK and NVTE_CAUSAL_MASK of its fused_attn.h
+        "mask_type": 2 if options.get("causal", True) else 0,
+    }
+    assert [name for name, _ in calls] == [
+        "te_fused_attn_forward_ffi",
+        "te_fused_attn_backward_ffi",
+    ]
+    for _, config in calls:
+        for name, value in asked.items():
+            assert f"{name} = {value} " in config
+
+
+def cuda_calls(monkeypatch, attend, arrays):
+    """(name, settings) of its custom calls in a program for a GPU; what asks the driver is answered here."""
+    driver = importlib.import_module("transformer_engine_jax")
+    backend = driver.NVTE_Fused_Attn_Backend.NVTE_F16_arbitrary_seqlen
+    monkeypatch.setattr(driver, "get_fused_attn_backend", lambda params: (backend, ""))
+    for name in ("get_fused_attn_fwd_workspace_sizes", "get_fused_attn_bwd_workspace_sizes"):
+        monkeypatch.setattr(driver, name, lambda *args: ((1,), driver.DType.kByte))
+    loss = lambda *arrays: jnp.sum(attend(*arrays).astype(jnp.float32))
+    traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*arrays)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    return re.findall(r"custom_call @(te_\w+)\(.*?mhlo.backend_config = \{(.*?)\}", text)
+
+
+def test_attention_on_a_mesh_is_mapped_by_hand(engine, monkeypatch):
+    """Also where the heads of keys do not divide: each device gets the keys of its queries."""
+    arrays = heads(kv_heads=1)
+    expected = attend(*arrays) if engine == "stand-in" else None
+    with parallel.activate(parallel.Mesh(ici=(1, 2, 2)).build(jax.devices()[:4])):
+        if engine == "stand-in":
+            found = jax.jit(attend)(*arrays)
+        else:
+            arrays = [a.astype("bfloat16") for a in arrays]
+            calls = cuda_calls(monkeypatch, attend, arrays)
+            for _, config in calls:
+                assert "input_batch = 2 " in config and "attn_heads = 2 " in config
+    if engine == "stand-in":
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_its_attention_is_chosen_around(monkeypatch):
+    h100 = platform.Hardware("cuda", 9.0)
+    q = jnp.zeros((2, 32, 4, 64), "bfloat16")
+    scores = Scores(0.25, None, None)
+    request = lambda **has: kernels.Request.of(
+        q, q, scores, **{"causal": True, "segments": False, "cache": False, **has}
+    )
+    te_kernel = kernels.find("te")
+    ready = dataclasses.replace(te_kernel, missing=lambda: None)
+    monkeypatch.setattr(kernels, "KERNELS", (ready, *kernels.KERNELS[1:]))
+    with platform.traced_for(h100):
+        assert kernels.choose(request(), "fused").kernel is ready
+        assert kernels.choose(request()).line == "cuDNN"
+        line = kernels.choose(request(segments=True), "fused").line
+        assert line.startswith("cuDNN, because Transformer Engine of packed rows needs to be told")
+        with pytest.raises(ValueError, match="Transformer Engine attention of packed rows needs"):
+            kernels.choose(request(segments=True), "te")
+        assert te_kernel.missing() == (
+            "cannot be planned: it asks the GPU that it runs on while it is compiled"
+        )
+
+
+def test_a_plan_with_it_is_refused_in_one_line(engine):
+    layer = Linear(32, ("embed", "mlp"), dot_general_cls=TransformerEngine("current"))
+    with (
+        platform.traced_for(platform.Hardware("cuda", 9.0)),
+        pytest.raises(ValueError, match="USE_TE=True cannot be planned: .*; plan with USE_TE=F"),
+    ):
+        jax.eval_shape(layer.init, jax.random.key(0), operands()[0])
+
+
 def test_what_it_or_the_device_lacks_is_one_line(engine, monkeypatch):
     if engine == "stand-in":
         with pytest.raises(ValueError, match="this Transformer Engine has no MXFP8BlockScaling"):
@@ -166,3 +307,4 @@ def test_not_installed_is_one_line(monkeypatch):
     with pytest.raises(ValueError, match="USE_TE=True, but Transformer Engine is not ins") as error:
         TransformerEngine()
     assert "\n" not in str(error.value)
+    assert kernels.find("te").missing().startswith("is not installed (")

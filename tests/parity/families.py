@@ -20,6 +20,11 @@ SMALL = {
     "MAX_SEQ_LEN": 64, "FPROP_DTYPE": "float32", "ICI_MESH_SHAPE": (1, 1, 1), "DCN_MESH_SHAPE": (1, 1, 1),
 }  # fmt: skip
 
+# Of rows of 16 tokens, so that some pairs are left alone and others are stretched.
+YARN = {
+    "ROPE_SCALING_FACTOR": 4.0, "ROPE_ORIGINAL_LEN": 16, "ROPE_BETA_FAST": 2.0, "ROPE_BETA_SLOW": 0.1,
+}  # fmt: skip
+
 # name -> the config it is a small one of, and what else is changed.
 FAMILIES: dict[str, tuple[type[llama.Llama], dict[str, Any]]] = {
     "llama2": (llama.LLaMA7B, {"NUM_LAYERS": 3, "NUM_KV_HEADS": 4}),
@@ -29,7 +34,10 @@ FAMILIES: dict[str, tuple[type[llama.Llama], dict[str, Any]]] = {
     "llama3.2": (llama.LLaMA3_2_1B, {"NUM_LAYERS": 2}),
     "mqa": (llama.LLaMA7B, {"NUM_LAYERS": 2, "NUM_KV_HEADS": None, "USE_MQA": True}),
     "mistral": (llama.Mistral7B, {"NUM_LAYERS": 3, "SLIDING_WINDOW": 7}),
-    "qwen2.5": (llama.Qwen2_5_7B, {"NUM_LAYERS": 3}),
+    "qwen2.5": (
+        llama.Qwen2_5_7B,
+        {"NUM_LAYERS": 3, "ROPE_SCALING": "yarn", **YARN},
+    ),
     "qwen2.5-tied": (llama.Qwen2_5_0_5B, {"NUM_LAYERS": 2}),
     "qwen3": (llama.Qwen3_8B, {"NUM_LAYERS": 3}),
     "gemma2": (
@@ -49,12 +57,14 @@ FAMILIES: dict[str, tuple[type[llama.Llama], dict[str, Any]]] = {
         deepseek.DeepSeekV3,
         {"NUM_LAYERS": 3, "NUM_KV_HEADS": None, "FIRST_DENSE_LAYERS": 1, "QUERY_RANK": 20, "KEY_RANK": 24,
          "DIMS_PER_HEAD": 20, "ROPE_DIMS_PER_HEAD": 8, "VALUE_DIMS_PER_HEAD": 16, "EXPERT_HIDDEN_DIMS": 40,
-         "NUM_EXPERTS": 8, "NUM_EXPERTS_PER_TOKEN": 3, "EXPERT_GROUPS": 4, "EXPERT_GROUPS_PER_TOKEN": 2},
+         "NUM_EXPERTS": 8, "NUM_EXPERTS_PER_TOKEN": 3, "EXPERT_GROUPS": 4, "EXPERT_GROUPS_PER_TOKEN": 2,
+         **YARN, "ROPE_MSCALE": 1.3},
     ),
     "deepseek-v2": (
         deepseek.DeepSeekV2Lite,
         {"NUM_LAYERS": 3, "NUM_KV_HEADS": None, "KEY_RANK": 24, "DIMS_PER_HEAD": 20, "ROPE_DIMS_PER_HEAD": 8,
-         "VALUE_DIMS_PER_HEAD": 16, "EXPERT_HIDDEN_DIMS": 40, "NUM_EXPERTS": 8, "NUM_EXPERTS_PER_TOKEN": 3},
+         "VALUE_DIMS_PER_HEAD": 16, "EXPERT_HIDDEN_DIMS": 40, "NUM_EXPERTS": 8, "NUM_EXPERTS_PER_TOKEN": 3,
+         **YARN},
     ),
 }  # fmt: skip
 

@@ -11,6 +11,7 @@ from plan.test_command import installed, plan
 
 from paxlike import parallel
 from paxlike.layers.lora import TRAINABLE, Lora
+from paxlike.layers.moe import MoE, Router
 from paxlike.ops.fp8 import Fp8
 from paxlike.plan import fp8, hlo
 from paxlike.train.state import StateFactory
@@ -19,12 +20,16 @@ from paxlike.train.step import TrainStep
 LAYERS = 3
 
 
-def traced(*, adapters=None, opt=None, **options):
-    """The step of a tiny GPT in FP8, traced."""
+def traced(*, adapters=None, opt=None, experts=0, **options):
+    """The step of a tiny GPT in FP8, traced; the feed-forward layers may be of so many experts."""
     net = tiny.model(**{"layers": LAYERS, "width": 32, **options})
     (block,) = net.stack.period
     mixer = block.mixer.clone(dot_general_cls=Fp8(), adapters=adapters)
-    block = block.clone(mixer=mixer, ffn=block.ffn.clone(dot_general_cls=Fp8()))
+    ffn = block.ffn.clone(dot_general_cls=Fp8())
+    if experts:
+        router = Router(capacity_factor=1.0)
+        ffn = MoE(experts, 64, router, gated=True, dot_general_cls=Fp8(), use_bias=False)
+    block = block.clone(mixer=mixer, ffn=ffn)
     net = net.clone(stack=net.stack.clone(period=(block,)))
     mesh = parallel.Mesh(ici=(1, 1, 1)).build(jax.devices()[:1])
     with parallel.activate(mesh):
@@ -45,6 +50,13 @@ def test_three_products_for_each_weight_and_layer(options):
     assert asked.total() == 3 * 4 * LAYERS
     assert set(asked.values()) == {LAYERS}
     kinds = {kind for layer, kind in asked if layer.endswith("period_0/mixer/qkv")}
+    assert kinds == {"forward", "input_grad", "weight_grad"}
+
+
+def test_the_experts_of_a_layer_are_one_weight():
+    asked = fp8.asked_for(traced(experts=4))
+    assert asked.total() == 3 * 5 * LAYERS
+    kinds = {kind for layer, kind in asked if layer.endswith("period_0/ffn/gate")}
     assert kinds == {"forward", "input_grad", "weight_grad"}
 
 

@@ -7,6 +7,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from collectives import collectives
 
 from scripts import benchmark
 from scripts.benchmarks import bare_jax, paxlike_step
@@ -17,13 +18,19 @@ SMOKE = SHAPES["smoke"]
 
 @pytest.mark.parametrize("mesh_shape", [(1, 1, 1), (1, 4, 1), (1, 2, 2)])
 def test_the_bare_step_is_the_step_of_paxlike(mesh_shape):
-    """Losses, accuracy and norms of three steps from the same parameters."""
-    runs = [_run(module, mesh_shape) for module in (paxlike_step, bare_jax)]
-    np.testing.assert_allclose(runs[0], runs[1], rtol=2e-5)
+    """Losses, accuracy and norms of three steps from the same parameters; as many collectives and elements in them."""
+    (ours, our_step), (bare, bare_step) = (_run(m, mesh_shape) for m in (paxlike_step, bare_jax))
+    np.testing.assert_allclose(ours, bare, rtol=2e-5)
+    our_traffic, bare_traffic = _traffic(our_step), _traffic(bare_step)
+    assert our_traffic.keys() == bare_traffic.keys()
+    for kind, (number, elements) in our_traffic.items():
+        assert number <= bare_traffic[kind][0], kind
+        assert elements == pytest.approx(bare_traffic[kind][1], rel=0.1), kind
 
 
 def test_the_bare_step_is_the_same_scanned_with_remat():
-    plain, scanned = _run(bare_jax, (1, 1, 1)), _run(bare_jax, (1, 1, 1), scan=True, remat=True)
+    plain, _ = _run(bare_jax, (1, 1, 1))
+    scanned, _ = _run(bare_jax, (1, 1, 1), scan=True, remat=True)
     np.testing.assert_allclose(plain, scanned, rtol=1e-5)
 
 
@@ -72,4 +79,12 @@ def _run(module, mesh_shape, **options):
         state, metrics = jax.block_until_ready(step(state, batch))
         plain = {k: getattr(v, "value", lambda v=v: v)() for k, v in metrics.items()}
         rows.append([float(plain[k]) for k in ("loss", "accuracy", "grad_norm", "param_norm")])
-    return rows
+    return rows, step
+
+
+def _traffic(step):
+    """kind -> number of collectives and elements of their results."""
+    return {
+        kind: (len(found), sum(sum(one.sizes) for one in found))
+        for kind, found in collectives(step).items()
+    }

@@ -40,11 +40,10 @@ class Slurm:
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
         self.environ = {
-            name: text
-            for name, text in os.environ.items()
-            if not name.startswith("SLURM") and name != "XLA_FLAGS"
+            name: text for name, text in os.environ.items() if not name.startswith("SLURM")
         }
         self.environ |= {
+            "XLA_FLAGS": runs.QUICK_COMPILE,
             "SLURM_CONF": str(folder / "slurm.conf"),
             "PATH": PATH,
             "PYTHON": sys.executable,

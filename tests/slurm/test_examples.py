@@ -24,7 +24,7 @@ def prepare(script: str, source, data_dir) -> None:
 def one_process(folder, config: str, flags: str) -> None:
     """The same run as one process of two devices, to compare with."""
     environ = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
-    environ.pop("XLA_FLAGS", None)
+    environ["XLA_FLAGS"] = runs.QUICK_COMPILE
     words = [sys.executable, "main.py", f"--fdl_config={config}", f"--job_log_dir={folder}"]
     done = subprocess.run(
         [*words, *flags.split()], env=environ, cwd=ROOT, capture_output=True, text=True
@@ -98,8 +98,15 @@ def test_a_llama_on_boolq_fine_tuned_and_evaluated(slurm, tmp_path):
         DCN_MESH_SHAPE=TWO_NODES["DCN_MESH_SHAPE"].replace("[2,1,1]", "[1,2,1]"),
         ADDITIONAL_ARGS=" ".join(w for w in more.split() if "LR_COS" not in w),
     )
+    # What run_llama_boolq.sh makes of MAX_STEPS=4.
+    tune = {"CHECKPOINT_RESTORE_PATH": tmp_path / "base", "LEARNING_RATE": 1e-6, "MAX_STEPS": 4}
+    tune |= {"LR_COS_WARMUP": 2, "LR_COS_DECAY_START": 3, "LR_COS_DECAY_END": 4}
+    tune |= {"LR_SCHEDULE": "linear_rampup_cosine_decay", "USE_REPEATED_LAYER": True}
+    flags = " ".join(f"--fdl.{name}={value}" for name, value in tune.items())
+    one_process(tmp_path / "one", "LLaMA7B", f"{more} {single} {flags}")
     slurm.wait(job, "COMPLETED")
     folder = tmp_path / "it's tuned/llama-LLaMA7B-mbs-2-lora-0"
+    assert runs.losses(folder) == runs.losses(tmp_path / "one")
     assert set(runs.losses(folder)) == {1, 2, 3, 4}
     result = json.loads((folder / "eval_out/BoolQ/eval_out_00000004.json").read_text())
     assert result["metrics"]["boolq_acc"]["weight"] > 0

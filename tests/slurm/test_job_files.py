@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from runs import final_state, losses
+from runs import QUICK_COMPILE, final_state, losses
 
 from .conftest import ROOT, TWO_NODES, knobs
 
@@ -23,7 +23,7 @@ def reference(tmp_path_factory) -> pathlib.Path:
     """The run in one process of two devices."""
     folder = tmp_path_factory.mktemp("one_process")
     environ = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
-    environ.pop("XLA_FLAGS", None)
+    environ["XLA_FLAGS"] = QUICK_COMPILE
     flags = knobs(ICI_MESH_SHAPE="[2,1,1]", DCN_MESH_SHAPE="[1,1,1]", FPROP_DTYPE="float32").split()
     words = [sys.executable, "main.py", "--fdl_config=Synthetic126M", f"--job_log_dir={folder}"]
     subprocess.run([*words, *flags], env=environ, cwd=ROOT, check=True, capture_output=True)

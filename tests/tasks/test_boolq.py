@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import sentencepiece
+from data.data_helpers import byte_fallback_model
 from flax import linen as nn
 
 from paxlike import parallel
@@ -15,7 +15,6 @@ from paxlike.data.builders.boolq import BoolQ as Builder
 from paxlike.data.builders.prepare import prepare
 from paxlike.data.loader import Loader
 from paxlike.data.sources import JsonLines, TfdsSource
-from paxlike.data.tokenizers import SentencePieceTokenizer
 from paxlike.evaluate import Evaluator
 from paxlike.models.decoder import Output
 from paxlike.tasks.language import CausalLanguage
@@ -50,17 +49,8 @@ class Reader(nn.Module):
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    path = tmp_path_factory.mktemp("spm") / "m.model"
-    with open(path, "wb") as file:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(["yes no green", "question answer"] * 30),
-            model_writer=file,
-            vocab_size=300,
-            model_type="bpe",
-            byte_fallback=True,
-            minloglevel=2,
-        )
-    return SentencePieceTokenizer(str(path))
+    sentences = ["yes no green", "question answer"]
+    return byte_fallback_model(tmp_path_factory.mktemp("spm") / "m.model", sentences)
 
 
 @pytest.mark.parametrize("form", ["tfds", "json_lines"])

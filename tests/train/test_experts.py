@@ -1,5 +1,7 @@
 """Training with experts: auxiliary losses, biases that move without gradients, every form of the stack, generating."""
 
+import re
+
 import fiddle as fdl
 import jax
 import jax.numpy as jnp
@@ -102,7 +104,7 @@ def test_frozen_layers_of_experts_keep_their_bias():
 @pytest.mark.parametrize("scan", [True, False])
 def test_generating_with_a_cache_equals_the_whole_row(scan):
     # Places for all: generating drops no token.
-    net = build(EXPERT_CAPACITY_FACTOR=4.0, USE_REPEATED_LAYER=scan).model
+    net = build(EXPERT_CAPACITY_FACTOR=8.0, USE_REPEATED_LAYER=scan, NUM_EXPERTS=8).model
     tokens = jnp.asarray(tiny.batches()[0]["tokens"][:2, :10])
     mesh = parallel.Mesh().build(jax.devices()[:1])
     with parallel.activate(mesh):
@@ -127,12 +129,25 @@ def test_generating_with_a_cache_equals_the_whole_row(scan):
                 mutable=["cache"],
             )
 
+        step = lambda i: (tokens[:, i : i + 1], jnp.full((2,), i, jnp.int32))
+        compiled = next_token.lower(params, state["cache"], *step(4)).compile()
         for i in range(4, 10):
-            output, state = next_token(
-                params, state["cache"], tokens[:, i : i + 1], jnp.full((2,), i, jnp.int32)
-            )
+            output, state = compiled(params, state["cache"], *step(i))
             logits.append(output.logits())
     np.testing.assert_allclose(jnp.concatenate(logits, axis=1), full, atol=2e-4)
+    # The weights of chosen experts are cut out of those of all layers: no array holds all experts of a layer.
+    made = r"= f32\[(1,)?8,(16,24|24,16)\]\S* (?!parameter|get-tuple-element|bitcast)"
+    of_all_layers = r"f32\[2,8,(16,24|24,16)\]"
+    program = compiled.as_text()
+    assert re.search(of_all_layers, program)
+    assert not [line for line in _not_fused(program) if re.search(made, line)]
+
+
+def _not_fused(program):
+    """Lines of the computations whose results are arrays in memory."""
+    for computation in program.split("\n\n"):
+        if not re.match(r"%?(fused|wrapped)", computation.lstrip()):
+            yield from computation.splitlines()
 
 
 def test_flops_count_the_experts_that_work():

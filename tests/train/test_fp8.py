@@ -13,9 +13,11 @@ from parallel import meshes
 from paxlike import parallel
 from paxlike.checkpoint import Checkpointer
 from paxlike.layers.block import Block
+from paxlike.layers.experts import ExpertLinear
 from paxlike.layers.feedforward import FeedForward
 from paxlike.layers.linear import Linear
 from paxlike.layers.lora import TRAINABLE, Lora
+from paxlike.layers.moe import MoE, Router
 from paxlike.layers.norm import LayerNorm
 from paxlike.layers.sequence import Sequence
 from paxlike.layers.stack import Pipeline, Stack
@@ -307,6 +309,71 @@ def test_a_weight_that_is_used_twice_is_seen_too_large_at_most(variables, expect
     seen = jax.device_get(jax.jit(jax.grad(loss))(variables[STATE]))
     weight = lambda tree: tree["period_0"]["ffn"]["ffn1"]["fp8"]["amax_history"][:, 1]
     np.testing.assert_allclose(weight(seen), 2 * weight(expected[1][STATE]))
+
+
+def experts_of(fp8=DELAYED, dispatch="index", **options):
+    """A stack with layers of four experts, who have no place for some of the tokens."""
+    router = Router(capacity_factor=1.0, group_size=LENGTH, balance_weight=0.1)
+    experts = MoE(
+        4, 32, router, dispatch=dispatch, dot_general_cls=fp8, use_bias=False,
+        kernel_init=nn.initializers.normal(0.2),
+    )  # fmt: skip
+    mixer = FeedForward(hidden=16)
+    block = Block(mixer=mixer, ffn=experts, mixer_norm=LayerNorm(), ffn_norm=LayerNorm())
+    return Stack((block,), 2, **{"remat": "SAVE_EVERYTHING", **options})
+
+
+@pytest.fixture(scope="module")
+def of_experts():
+    """Variables of a second step, and what one device makes of them."""
+    start = jax.jit(lambda: nn.unbox(experts_of().init(jax.random.key(0), rows(), SEQUENCE)))
+    fresh = jax.device_get(start())
+    _, gradients = loss_and_seen(experts_of(), fresh, {"data": 1})
+    variables = {"params": fresh["params"], STATE: gradients[STATE]}
+    return variables, loss_and_seen(experts_of(), variables, {"data": 1})
+
+
+def test_experts_are_nearly_those_in_float32(of_experts):
+    variables, one = of_experts
+    half = variables[STATE]["period_0"]["ffn"]
+    assert sorted(half) == ["ffn1", "ffn2"]
+    assert all((h["fp8"]["amax_history"][..., 0] > 0).all() for h in half.values())
+    # One amax for the matrices of all experts of a layer.
+    kernel = variables["params"]["period_0"]["ffn"]["ffn1"]["kernel"]
+    seen = half["ffn1"]["fp8"]["amax_history"]
+    assert seen.shape == (2, 3, HISTORY)
+    seen = seen[:, 1, 0]
+    np.testing.assert_array_equal(seen, np.abs(kernel).max((1, 2, 3)))
+    exact = loss_and_seen(experts_of(None), {"params": variables["params"]}, {"data": 1})
+    np.testing.assert_allclose(one[0], exact[0], rtol=3e-2)
+    # Where a rounding changes whom a token goes to, the gradient is another one.
+    assert 1e-2 < meshes.distance(one[1]["params"], exact[1]["params"]) < 0.3
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [
+        ({"expert": 2, "fsdp": 2}, {"dispatch": "einsum"}),
+        ({"expert": 2, "pipeline": 2}, {"pipeline": Pipeline(2)}),
+    ],
+    ids=str,
+)
+def test_experts_see_the_same_on_every_mesh(sizes, options, of_experts):
+    variables, one = of_experts
+    assert_same(loss_and_seen(experts_of(**options), variables, sizes), one)
+
+
+def test_adapters_beside_experts():
+    layer = ExpertLinear(4, 16, 32, ("expert_embed", "mlp"), dot_general_cls=Fp8("current"))
+    adapted = layer.clone(adapter=Lora(rank=2, alpha=4.0))
+    x = rows()[:4]
+    params = nn.unbox(adapted.init(jax.random.key(0), x))["params"]
+    a, b = params["lora"]["a"], jnp.ones_like(params["lora"]["b"])
+    found = adapted.apply({"params": {**params, "lora": {"a": a, "b": b}}}, x)
+    plain = layer.apply({"params": {"kernel": params["kernel"]}}, x)
+    thin = 2.0 * jnp.einsum("enp,epr,erq->enq", x, a, b)
+    np.testing.assert_allclose(found, plain + thin, rtol=1e-5, atol=1e-5)
+    assert not np.array_equal(plain, jnp.einsum("enp,epq->enq", x, params["kernel"]))
 
 
 def test_sizes_that_are_no_multiple_of_sixteen():

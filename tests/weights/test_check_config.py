@@ -34,6 +34,18 @@ def test_the_newer_form_of_the_rotation():
         check_config(newer, EXPECTED, source="config.json")
 
 
+def test_yarn_with_and_without_what_goes_without_saying():
+    said = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}
+    ours = EXPECTED | {"rope_scaling": {**said, "beta_fast": 32.0, "beta_slow": 1.0}}
+    given = EXPECTED | {"rope_scaling": said}
+    assert check_config(given, ours, source="config.json") == []
+    given["rope_scaling"] = said | {"mscale": 1.0, "mscale_all_dim": 1.0}
+    with pytest.raises(
+        ValueError, match="rope_scaling is .*'mscale_all_dim': 1.0.* in config.json and"
+    ):
+        check_config(given, ours, source="config.json")
+
+
 def test_two_kinds_of_layers():
     local = {"rope_theta": 1e4, "rope_type": "default"}
     given = {"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "sliding_attention": local}}

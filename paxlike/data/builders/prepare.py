@@ -1,6 +1,5 @@
 """Downloads a data set, or takes it from a folder, and prepares it with TFDS as array_record."""
 
-import argparse
 import contextlib
 import io
 import logging
@@ -10,6 +9,8 @@ import urllib.error
 import urllib.request
 
 import tensorflow_datasets as tfds
+
+from paxlike.arguments import ArgumentParser
 
 
 def prepare(builder_class: type, *, data_dir: str, source: str | None = None) -> str:
@@ -52,7 +53,7 @@ def _check_address(url: str) -> None:
 
 def main(builder_class: type, arguments: list[str] | None = None) -> None:
     """The command of scripts/download_*.py."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=f"Prepares {builder_class.name} for training with TFDS, as array_record."
     )
     parser.add_argument(
