@@ -1,9 +1,9 @@
 """Rows in groups, each group times a matrix of its own: the product of experts without padding and without drops.
 
 `jax.lax.ragged_dot` says it in one operation. What a compiler makes of it differs: on a CPU and on a GPU XLA multiplies
-every row with every matrix (seen in the program that it makes for an H100 with jax 0.11.2), and on a TPU it does not. So
-it is a loop over blocks of rows on the first two, and for the gradient of the matrices everywhere: neither time nor
-memory grows with the number of matrices.
+every row with every matrix (seen in the program that it makes for an H100 with jax 0.11.2), on a TPU it does not. So it
+is a loop over blocks of rows on the first two, and for the gradient of the matrices everywhere: neither time nor memory
+grows with the number of matrices.
 
 Shape legend: n rows, p inputs, q outputs, e matrices.
 """
