@@ -346,7 +346,8 @@ def plan(
 def layers_of(shapes: Mapping[str, Shape]) -> dict[str, tuple[int, int]]:
     """Path of a parameter inside a block -> layer of its first repeat, and layers of a repeat."""
     blocks = {path: match for path in shapes if (match := _BLOCK.fullmatch(path))}
-    found, start = {}, 0
+    found: dict[str, tuple[int, int]] = {}
+    start = 0
     for stack in ("prefix", "stack", "tail"):
         mine = {path: int(match[2]) for path, match in blocks.items() if match[1] == stack}
         period = len(set(mine.values()))
