@@ -20,6 +20,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OTHER_NAMES = {
     "SLURM_JOB_END_TIME",
     "JAX_NUM_CPU_DEVICES",
+    "OMP_NUM_THREADS",
     "JAX_PLATFORMS",
     "JAX_COMPILATION_CACHE_DIR",
     "XLA_FLAGS",
@@ -52,7 +53,7 @@ OTHER_FLAGS = {
     | {"template", "max_characters", "max_megabytes"},
     "scripts": {"source", "data_dir", "output", "parts", "shapes", "rounds", "steps", "torch"}
     | {"to", "dtype", "max_shard_size", "use", "suite", "wheelhouse", "rows", "check", "minutes"}
-    | {"warmup"},
+    | {"warmup", "plan"},
     "XLA": {"xla_dump_to", "xla_dump_hlo_as_text", "xla_gpu_enable_dynamic_slice_fusion"}
     | {"xla_gpu_deterministic_ops", "xla_gpu_enable_latency_hiding_scheduler"}
     | {"xla_gpu_enable_triton_gemm", "xla_gpu_pgle_profile_file_or_directory_path"},

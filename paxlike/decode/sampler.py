@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from paxlike.ops import platform
+from paxlike.ops.largest import argmax
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,26 +98,13 @@ def sample(
             raise ValueError(f"repetition_penalty={options.repetition_penalty} needs `seen`")
         logits = penalise(logits, seen, options.repetition_penalty)
     if options.temperature == 0:
-        return _argmax(logits)
+        return argmax(logits)
     logits = logits / options.temperature
     if 0 < options.top_k < logits.shape[-1]:
         logits = keep_top_k(logits, options.top_k)
     if options.top_p < 1:
         logits = keep_nucleus(logits, options.top_p)
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
-
-
-def _argmax(x: Float[Array, "b v"]) -> Int[Array, " b"]:
-    """The first of the largest."""
-    if not platform.is_cpu():
-        return jnp.argmax(x, axis=-1).astype(jnp.int32)
-    # A CPU's `argmax` goes one by one; two reductions of vectors are ten times as fast. Above 2^24 a float32 would no
-    # longer hold the numbers.
-    last = x.shape[-1] - 1
-    ahead = last - jnp.arange(last + 1, dtype=jnp.int32)
-    kind = jnp.float32 if last < 1 << 24 else jnp.int32
-    largest = x == jnp.max(x, axis=-1, keepdims=True)
-    return last - jnp.max(jnp.where(largest, ahead, 0).astype(kind), axis=-1).astype(jnp.int32)
 
 
 def penalise(

@@ -76,6 +76,7 @@ def test_greedy_is_argmax_whatever_the_key(logits):
     for seed in (0, 1):
         ids = jax.jit(lambda x, k: sample(x, k, options))(logits, keys(len(logits), seed))
         np.testing.assert_array_equal(ids, logits.argmax(axis=-1))
+    assert sample(jnp.array([[-7.0, -2.0, -2.0]]), keys(1), options).tolist() == [1]  # the first
 
 
 @pytest.mark.parametrize(
