@@ -90,15 +90,17 @@ class Llama(LlamaKnobs, abstract=True):
         """A pre-norm decoder without learned positions."""
         self.check_sizes()
         scale = {"scale": float(self.MODEL_DIMS) ** 0.5} if self.SCALE_EMBEDDING else {}
+        stack, tail = self.stacks(*self.period())
         return fdl.Config(
             Decoder,
             embedding=self.table(**scale),
             head=self.table() if self.SEPARATE_EMBEDDING else None,
-            stack=self.stack(*self.period()),
+            stack=stack,
             norm=self.norm(),
             embedding_dropout=self.EMBEDDING_DROPOUT_PROB,
             context=self.CONTEXT_PARALLEL,
             logit_cap=_cap(self.SOFTMAX_CAP_LOGITS),
+            **({} if tail is None else {"tail": tail}),
         )
 
     def period(self) -> tuple[fdl.Config[Block], ...]:
@@ -497,14 +499,12 @@ class Gemma2_27B(Gemma2_2B):
     DCN_MESH_SHAPE = (1, 2, 1)
 
 
-class Gemma3_12B(Gemma2_2B):
-    """Gemma 3 12B (text): five local layers to a global one, norms of queries and keys."""
+class Gemma3_4B(Gemma2_2B):
+    """Gemma 3 4B (text): five local layers to a global one, norms of queries and keys."""
 
-    NUM_LAYERS = 48
-    NUM_HEADS = 16
-    NUM_KV_HEADS = 8
-    MODEL_DIMS = 3840
-    HIDDEN_DIMS = 15360
+    NUM_LAYERS = 34
+    MODEL_DIMS = 2560
+    HIDDEN_DIMS = 10240
     VOCAB_SIZE = 262208
     SLIDING_WINDOW = 1024
     LOCAL_LAYERS_PER_GLOBAL = 5
@@ -514,6 +514,42 @@ class Gemma3_12B(Gemma2_2B):
     QK_NORM = True
     ATTEN_LOGIT_CAP = -1.0
     SOFTMAX_CAP_LOGITS = -1.0
+
+
+class Gemma3_1B(Gemma3_4B):
+    """Gemma 3 1B."""
+
+    NUM_LAYERS = 26
+    NUM_HEADS = 4
+    NUM_KV_HEADS = 1
+    MODEL_DIMS = 1152
+    HIDDEN_DIMS = 6912
+    VOCAB_SIZE = 262144
+    SLIDING_WINDOW = 512
+    ROPE_SCALING = None
+
+
+class Gemma3_12B(Gemma3_4B):
+    """Gemma 3 12B (text)."""
+
+    NUM_LAYERS = 48
+    NUM_HEADS = 16
+    NUM_KV_HEADS = 8
+    MODEL_DIMS = 3840
+    HIDDEN_DIMS = 15360
+
+
+class Gemma3_27B(Gemma3_4B):
+    """Gemma 3 27B (text), 16 GPUs."""
+
+    NUM_LAYERS = 62
+    NUM_HEADS = 32
+    NUM_KV_HEADS = 16
+    DIMS_PER_HEAD = 128
+    MODEL_DIMS = 5376
+    HIDDEN_DIMS = 21504
+    QUERY_PRE_ATTN_SCALAR = 168
+    DCN_MESH_SHAPE = (1, 2, 1)
 
 
 class QuickstartLLaMA(QuickstartRun, LoraKnobs, Llama):

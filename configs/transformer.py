@@ -1,5 +1,6 @@
 """Knobs that every stack of attention and feed-forward blocks has, and the parts that they make."""
 
+import copy
 from typing import Annotated, Any, Literal
 
 import fiddle as fdl
@@ -51,13 +52,33 @@ class TransformerKnobs(Fp8Knobs, LanguageModelKnobs, abstract=True):
         Literal["auto", "te", "cudnn", "chunked", "reference"], "auto: the fastest that can serve"
     ] = "auto"
 
-    def stack(self, *period: fdl.Config[Any]) -> fdl.Config[Stack]:
-        """NUM_LAYERS blocks, those of `period` in turn."""
-        if self.NUM_LAYERS % len(period):
+    def stacks(
+        self, *period: fdl.Config[Any]
+    ) -> tuple[fdl.Config[Stack], fdl.Config[Stack] | None]:
+        """NUM_LAYERS blocks, those of `period` in turn: whole periods, and the blocks of a last one that is not."""
+        rest, stages = self.NUM_LAYERS % len(period), self.mesh().shape.get("pipeline", 1)
+        if not rest:
+            return self.stack(*period), None
+        if stages > 1:
             raise ValueError(
-                f"NUM_LAYERS={self.NUM_LAYERS} is not a multiple of the {len(period)} blocks of a period"
+                f"NUM_LAYERS={self.NUM_LAYERS} leaves {rest} over of periods of {len(period)} blocks, which cannot be "
+                f"used with {stages} pipeline stages: leave out the pipeline"
             )
-        repeats, microbatches = self.NUM_LAYERS // len(period), self.microbatches()
+        if len(period) > self.NUM_LAYERS:
+            return self.stack(*period[:rest]), None
+        stack = self.stack(*period, layers=self.NUM_LAYERS - rest)
+        tail = copy.deepcopy(stack)
+        tail.period, tail.repeats, tail.remat_layers = tail.period[:rest], 1, "all"
+        return stack, tail
+
+    def stack(self, *period: fdl.Config[Any], layers: int | None = None) -> fdl.Config[Stack]:
+        """NUM_LAYERS blocks, or `layers`, those of `period` in turn."""
+        layers = self.NUM_LAYERS if layers is None else layers
+        if layers % len(period):
+            raise ValueError(
+                f"NUM_LAYERS={layers} is not a multiple of the {len(period)} blocks of a period"
+            )
+        repeats, microbatches = layers // len(period), self.microbatches()
         stages = self.mesh().shape.get("pipeline", 1)
         remat.choice_of(self.CHECKPOINT_LAYERS, repeats)
         if self.CHECKPOINT_LAYERS != "all" and stages > 1:

@@ -92,7 +92,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--wheelhouse", type=Path, help="of the suite: wheels that this machine may lack"
     )
     parser.add_argument(
-        "--plan-only", action="store_true", help="of the suite: do not look for a GPU"
+        "--plan-only",
+        action="store_true",
+        help="of the suite and of `lora`: only what is planned for a GPU",
     )
     parser.add_argument("--smoke", action="store_true", help="smallest sizes: does it run at all")
     options = parser.parse_args(argv)

@@ -69,6 +69,8 @@ def main(argv: list[str]) -> int:
         print(f"note: {notice}", file=sys.stderr)
     written = _convert(resolved)
     print(f"{OUTPUT.value}: {written}, {DTYPE.value}")
+    if copied := _copy_companions(resolved, written):
+        print(f"copied as they are: {', '.join(copied)}", file=sys.stderr)
     return 0
 
 
@@ -115,6 +117,22 @@ def _convert(resolved: flags.Resolved) -> str:
     finally:
         for each in progress:
             each.close()
+
+
+def _copy_companions(resolved: flags.Resolved, written: str) -> list[str]:
+    """Tokenizer and the like; their names."""
+    from paxlike.weights import companions
+
+    source, output = Path(INPUT.value), Path(OUTPUT.value)
+    if written == "paxlike":
+        return companions.copy(companions.beside(source), output / companions.KEPT)
+    if written != "huggingface":
+        return []
+    tokenizer, base = (
+        Path(path) if (path := resolved.knobs.get(name)) else None
+        for name in ("VOCAB_PATH", "CHECKPOINT_RESTORE_PATH")
+    )
+    return companions.copy(companions.gather(source, tokenizer, base), output)
 
 
 def _of_adapters(resolved: flags.Resolved, model):

@@ -29,7 +29,7 @@ BELOW = {
     "weights": {"checkpoint", "cluster", "parallel", "compat", "log"},
     "train": {"checkpoint", "cluster", "evaluate", "ops", "parallel", "compat", "log"},
     "evaluate": {"checkpoint", "train", "parallel", "compat", "log"},
-    "decode": {"checkpoint", "train", "parallel", "compat", "log", "data"},
+    "decode": {"checkpoint", "train", "ops", "parallel", "compat", "log", "data"},
     "plan": {"train", "ops", "parallel", "compat", "log"},
     "launch": set(),  # starts in no time: no jax
     "experiment": {

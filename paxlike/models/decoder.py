@@ -74,6 +74,7 @@ class Decoder(nn.Module):
       logit_scale: factor of the logits (GLaM: 1 / sqrt(width)), None for 1.
       context: how attention works on rows that are spread over devices, see `parallel.Context`.
       prefix: a stack in front of `stack`, where the first layers are of another kind; None for none.
+      tail: a stack behind `stack`, where the last period is not a whole one; None for none.
     """
 
     embedding: Embedding
@@ -86,6 +87,7 @@ class Decoder(nn.Module):
     logit_scale: float | None = None
     context: str = "ring"
     prefix: nn.Module | None = None
+    tail: nn.Module | None = None
 
     def setup(self):
         self.dropout = Dropout(self.embedding_dropout)
@@ -143,7 +145,10 @@ class Decoder(nn.Module):
             )
             if self.prefix is not None:
                 x = self.prefix(x, sequence)
-            x = parallel.gather_length(self.norm(self.stack(x, sequence)))
+            x = self.stack(x, sequence)
+            if self.tail is not None:
+                x = self.tail(x, sequence)
+            x = parallel.gather_length(self.norm(x))
         if self.logit_scale is not None:
             x = x * jnp.asarray(self.logit_scale, x.dtype)
         head = self.embedding if self.head is None else self.head

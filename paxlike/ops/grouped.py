@@ -1,8 +1,9 @@
 """Rows in groups, each group times a matrix of its own: the product of experts without padding and without drops.
 
-`jax.lax.ragged_dot` says it in one operation. What a compiler makes of it differs: XLA multiplies every row with every
-matrix on a CPU, and on a GPU does so for the gradient of the matrices. There it is written as a loop over blocks of
-rows, so that neither time nor memory grows with the number of matrices.
+`jax.lax.ragged_dot` says it in one operation. What a compiler makes of it differs: on a CPU and on a GPU XLA multiplies
+every row with every matrix (seen in the program that it makes for an H100 with jax 0.11.2), on a TPU it does not. So it
+is a loop over blocks of rows on the first two, and for the gradient of the matrices everywhere: neither time nor memory
+grows with the number of matrices.
 
 Shape legend: n rows, p inputs, q outputs, e matrices.
 """
@@ -17,7 +18,8 @@ from jaxtyping import Array, Float, Int
 
 from paxlike.ops import platform
 
-_LARGEST_BLOCK = 256  # rows
+_LARGEST_BLOCK = 256  # rows, on a CPU
+_LARGEST_BLOCK_ELSEWHERE = 1024  # a GPU copies the matrix of each block: it should be worth it
 _SMALLEST_BLOCK = 8
 
 
@@ -52,9 +54,10 @@ grouped_matmul.defvjp(_forward, _backward)
 
 def _product(x, w, sizes, *, transposed: bool = False):
     """Each group times its matrix, or times the transposed one."""
-    if platform.is_cpu():
-        few = 2 * x.shape[0] <= w.shape[0]
-        return (_product_of_few if few else _product_in_blocks)(x, w, sizes, transposed)
+    if platform.is_cpu() and 2 * x.shape[0] <= w.shape[0]:
+        return _product_of_few(x, w, sizes, transposed)
+    if platform.name() != "tpu":
+        return _product_in_blocks(x, w, sizes, transposed)
     y = jax.lax.ragged_dot(x, w.swapaxes(1, 2) if transposed else w, sizes)
     # What stands behind the last group is not the same in every implementation.
     return jnp.where((jnp.arange(x.shape[0]) < jnp.sum(sizes))[:, None], y, 0)
@@ -82,7 +85,7 @@ class _Blocks(NamedTuple):
       limit: how many blocks there can be.
       used: how many there are.
       group: of each block.
-      start: its first row.
+      start: its first row; n, behind all rows, for a block that is not used.
       left: rows of its group from there on; more than a block has, or fewer.
     """
 
@@ -97,7 +100,8 @@ class _Blocks(NamedTuple):
 def _blocks(n: int, sizes: Int[Array, "e"]) -> _Blocks:
     e = sizes.shape[0]
     rows = _SMALLEST_BLOCK
-    while rows < _LARGEST_BLOCK and rows * e < n:
+    largest = _LARGEST_BLOCK if platform.is_cpu() else _LARGEST_BLOCK_ELSEWHERE
+    while rows < largest and rows * e < n:
         rows *= 2
     limit = n // rows + e
     counts = -(-sizes // rows)
@@ -107,7 +111,7 @@ def _blocks(n: int, sizes: Int[Array, "e"]) -> _Blocks:
     inside = number - (ends - counts)[group]
     start = (jnp.cumsum(sizes) - sizes)[group] + inside * rows
     left = jnp.where(number < ends[-1], sizes[group] - inside * rows, 0)
-    return _Blocks(rows, limit, ends[-1], group, jnp.where(left > 0, start, 0), left)
+    return _Blocks(rows, limit, ends[-1], group, jnp.where(left > 0, start, n), left)
 
 
 def _product_in_blocks(x, w, sizes, transposed):
@@ -124,7 +128,7 @@ def _product_in_blocks(x, w, sizes, transposed):
         return jax.lax.dynamic_update_slice_in_dim(y, part, blocks.start[i], 0)
 
     y = jnp.zeros((n + blocks.rows, q), x.dtype)
-    y = jax.lax.fori_loop(0, blocks.used, body, y)[:n]
+    y = jax.lax.fori_loop(0, _count(blocks), body, y)[:n]
     return jnp.where((jnp.arange(n) < jnp.sum(sizes))[:, None], y, 0)
 
 
@@ -144,9 +148,12 @@ def _of_matrices(x, dy, sizes) -> jax.Array:
         return jax.lax.dynamic_update_index_in_dim(dw, before + part, group, 0)
 
     zeros = jnp.zeros((sizes.shape[0], x.shape[1], dy.shape[1]), jnp.float32)
-    # A GPU waits for the host to learn of a count that it computed: there the loop runs to its bound.
-    count = blocks.used if platform.is_cpu() else blocks.limit
-    return jax.lax.fori_loop(0, count, body, zeros)
+    return jax.lax.fori_loop(0, _count(blocks), body, zeros)
+
+
+def _count(blocks: _Blocks) -> int | jax.Array:
+    """Of the loop. A GPU waits for the host to learn of a count that it computed: there the loop runs to its bound."""
+    return blocks.used if platform.is_cpu() else blocks.limit
 
 
 @jax.custom_vjp

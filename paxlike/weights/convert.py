@@ -114,7 +114,10 @@ def _streamed(
 
     return {
         path: streaming.streamed(
-            shape, DTYPES[dtype], parts(path), num_lead=int(path.startswith("stack/"))
+            shape,
+            DTYPES[dtype],
+            parts(path),
+            num_lead=int(path.startswith(("prefix/", "stack/", "tail/"))),
         )
         for path, shape in shapes.items()
     }

@@ -2,7 +2,8 @@
 
 A row names a parameter, the tensor, and how one becomes the other. Everything else comes from the tree of abstract
 parameters: sizes, the number of layers, whether biases, norms of queries and keys, or an output table are there.
-Layer `l` is block `l % n` of repeat `l // n`, where a period has n blocks; the layers of a `prefix` come first.
+Layer `l` is block `l % n` of repeat `l // n`, where a period has n blocks; the layers of a `prefix` come
+first, those of a `tail` last.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, ClassVar, Literal
 from paxlike.weights.rearrange import Rearrangement, Shape, rearrangement
 
 Origin = Literal["huggingface", "meta"]
-_BLOCK = re.compile(r"(prefix|stack)/period_(\d+)/(.+)")
+_BLOCK = re.compile(r"(prefix|stack|tail)/period_(\d+)/(.+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Row:
     """A parameter (inside a block, or of the model) and the tensor it is.
 
     Attributes:
-      parameter: path; that of a block without `stack/period_{j}/` (or `prefix/...`).
+      parameter: path; that of a block without `stack/period_{j}/` (or `prefix/...`, `tail/...`).
       tensor: name in Hugging Face's files, `{l}` the layer and `{e}` the expert, which are counted by the leading
         dimensions of the parameter.
       layout: see `paxlike.weights.rearrange`.
@@ -334,20 +335,24 @@ def plan(
 
     Raises `ValueError` in one line for a parameter that the family has no tensor for.
     """
-    blocks = {path: _BLOCK.fullmatch(path) for path in shapes}
-    period = {
-        stack: len({match[2] for match in blocks.values() if match and match[1] == stack})
-        for stack in ("prefix", "stack")
-    }
-    first = max((shapes[p][0] for p, m in blocks.items() if m and m[1] == "prefix"), default=0)
-    start = {"prefix": 0, "stack": first * period["prefix"]}
-    found = {}
+    found, numbered = {}, layers_of(shapes)
     for path, shape in shapes.items():
-        match, numbers = blocks[path], None
-        if match:
-            numbers = (start[match[1]] + int(match[2]), period[match[1]])
+        match, numbers = _BLOCK.fullmatch(path), numbered.get(path)
         inside = match[3] if match else path
         found[path] = _pieces(description, path, inside, tuple(shape), numbers, origin)
+    return found
+
+
+def layers_of(shapes: Mapping[str, Shape]) -> dict[str, tuple[int, int]]:
+    """Path of a parameter inside a block -> layer of its first repeat, and layers of a repeat."""
+    blocks = {path: match for path in shapes if (match := _BLOCK.fullmatch(path))}
+    found: dict[str, tuple[int, int]] = {}
+    start = 0
+    for stack in ("prefix", "stack", "tail"):
+        mine = {path: int(match[2]) for path, match in blocks.items() if match[1] == stack}
+        period = len(set(mine.values()))
+        found |= {path: (start + block, period) for path, block in mine.items()}
+        start += period * max((shapes[path][0] for path in mine), default=0)
     return found
 
 

@@ -5,7 +5,8 @@ rank) and (rank, outputs), stacked over the repeats of a stack, and the three of
 DoRA's magnitude is stored there as it is, here as its distance from the norm of the frozen weight's column: to convert
 it, the frozen weights are needed.
 
-The adapter of a projection has the path `stack/period_{j}/mixer/query/lora/a`; layer = repeat * len(period) + j.
+The adapter of a projection has the path `stack/period_{j}/mixer/query/lora/a`; layer = repeat * len(period) + j
+(`weights.maps`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from paxlike.weights.maps import layers_of
 from paxlike.weights.safetensors_file import Writer, read_header
 
 PyTree = Any
@@ -214,14 +216,13 @@ def _places(named: Mapping[str, Any], modules, layer, rope_layout) -> Iterator[_
     for path, match in zip(paths, periods, strict=True):
         if match is None or match.group(2) not in modules:
             raise ValueError(f"no Hugging Face module is known for the adapter of {path}")
-    # Also blocks without an adapter count: their number is that of all periods in the tree.
-    blocks = [_MODULE.match(name) for name in named]
-    length = 1 + max(int(match.group(1)) for match in blocks if match)
+    # Also blocks without an adapter count.
+    numbers = layers_of({name: leaf.shape for name, leaf in named.items()})
     for path, match in zip(paths, periods, strict=True):
         targets = modules[match.group(2)]
-        repeats = named[f"{path}/lora/a"].shape[0]
-        for repeat in range(repeats):
-            prefix = layer.format(layer=repeat * length + int(match.group(1)))
+        first, length = numbers[f"{path}/lora/a"]
+        for repeat in range(named[f"{path}/lora/a"].shape[0]):
+            prefix = layer.format(layer=first + repeat * length)
             for part, target in enumerate(targets):
                 turned = rope_layout == "interleaved" and target.endswith(_ROTATED)
                 index = part if len(targets) > 1 else None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import statistics
 import sys
 import time
@@ -25,6 +26,10 @@ from paxlike.layers.block import Block
 from paxlike.layers.feedforward import FeedForward
 from paxlike.layers.lora import TRAINABLE, Lora
 from paxlike.layers.projection import Projecting
+from paxlike.ops import platform
+from paxlike.plan import target
+from paxlike.plan.chips import find_chip
+from paxlike.plan.planner import fused_attention
 from paxlike.tasks.language import CausalLanguage
 from paxlike.train.optimizer import Optimizer, Schedule
 from paxlike.train.state import StateFactory
@@ -35,6 +40,9 @@ from scripts.benchmarks.protocol import cpu_seconds
 RANK = 32
 # Where the width is far above the rank, as in models that are worth adapting; few layers, so that it fits anywhere.
 WIDE = shapes.Shape(layers=2, width=1024, heads=8, hidden=4096, length=128, rows=4, vocab=512)
+# Four layers of the width of LLaMA 7B, one of its rows.
+LLAMA7B = shapes.Shape(layers=4, width=4096, heads=32, hidden=11008, length=4096, rows=1, vocab=512)
+H100 = find_chip("h100")
 
 
 def lora(options: argparse.Namespace) -> dict[str, Any]:
@@ -49,6 +57,17 @@ def lora(options: argparse.Namespace) -> dict[str, Any]:
         }
         command = [sys.executable, "-m", "scripts.benchmarks.lora", json.dumps(arguments)]
         name = "layers recomputed" if remat else "everything kept"
+        if not options.plan_only:
+            result[name] = parts._run(command)
+            parts._print(name, result[name])
+    try:
+        target.check_compiler(H100)
+    except ValueError as error:
+        print(f"memory on an H100 is not known: {error}", flush=True)
+        return result
+    for shape in ("smoke",) if options.smoke else ("wide", "7b"):
+        name = f"{shape}, planned for an H100"
+        command = [sys.executable, "-m", "scripts.benchmarks.lora", json.dumps({"planned": shape})]
         result[name] = parts._run(command)
         parts._print(name, result[name])
     return result
@@ -112,16 +131,47 @@ def _model(shape: shapes.Shape, *, thin: bool, dtype: str, remat: bool):
     return net.clone(stack=net.stack.clone(period=(block,)))
 
 
-def _compiled(shape: shapes.Shape, mesh, **options):
+def _lowered(shape: shapes.Shape, mesh, **options):
+    """The step, traced, and what makes its first state."""
     optimizer = Optimizer(Schedule("constant", 1e-4), trainable=TRAINABLE)
     rows = parallel.named_sharding(mesh, ("batch", "length"))
-    data = [jax.device_put(batch, rows) for batch in shapes.batches(shape)]
-    spec = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=rows) for k, v in data[0].items()}
+    batch = shapes.batches(shape, 1)[0]
+    spec = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=rows) for k, v in batch.items()}
     net = _model(shape, **options)
     factory = StateFactory(net, optimizer, spec, mesh)
     step = TrainStep(net, CausalLanguage(), optimizer)
-    compiled = jax.jit(step, donate_argnums=0).lower(factory.abstract(), spec).compile()
-    return compiled, factory.initialize(0), data
+    return jax.jit(step, donate_argnums=0).lower(factory.abstract(), spec), factory
+
+
+def planned(planned: str) -> dict[str, float]:
+    """Temporary memory of both sides as the compiler for an H100, which need not be there, plans it."""
+    target.prepare_environment(H100, os.environ)
+    os.environ.pop("JAX_PLATFORMS", None)  # plug-ins are not looked for otherwise
+    jax.config.update("jax_platforms", "cpu")
+    shape = {"wide": WIDE, "7b": LLAMA7B, **shapes.SHAPES}[planned]
+    dtype, result = "float32" if planned == "wide" else "bfloat16", {}
+    place = parallel.Mesh()
+    mesh = place.build(target.make_devices(place, H100))
+    hardware = platform.Hardware(H100.platform, H100.compute_capability)
+    with platform.traced_for(hardware), fused_attention(H100), parallel.activate(mesh):
+        for remat in (True, False):
+            memory = []
+            for thin in (True, False):
+                lowered, _ = _lowered(shape, mesh, thin=thin, dtype=dtype, remat=remat)
+                memory.append(lowered.compile().memory_analysis().temp_size_in_bytes)
+            name = "recomputed" if remat else "kept"
+            result[f"{name}_thin_megabytes"], result[f"{name}_materialized_megabytes"] = (
+                size / 1e6 for size in memory
+            )
+            result[f"{name}_ratio"] = memory[0] / memory[1]
+    return result
+
+
+def _compiled(shape: shapes.Shape, mesh, **options):
+    lowered, factory = _lowered(shape, mesh, **options)
+    rows = parallel.named_sharding(mesh, ("batch", "length"))
+    data = [jax.device_put(batch, rows) for batch in shapes.batches(shape)]
+    return lowered.compile(), factory.initialize(0), data
 
 
 def compare(shape: str, rounds: int, dtype: str, remat: bool) -> dict[str, float]:
@@ -160,4 +210,5 @@ def compare(shape: str, rounds: int, dtype: str, remat: bool) -> dict[str, float
 
 
 if __name__ == "__main__":
-    print(json.dumps(compare(**json.loads(sys.argv[1]))))
+    given = json.loads(sys.argv[1])
+    print(json.dumps((planned if "planned" in given else compare)(**given)))

@@ -102,7 +102,7 @@ def decode(options: argparse.Namespace) -> dict[str, Any]:
     rows, prompt, tokens = 8, 8, 16 if options.smoke else 128
     cases = [("smoke", "gpt"), ("smoke", "llama")]
     if not options.smoke:
-        cases = [("tiny", "gpt"), ("tiny", "llama"), ("512", "llama")]
+        cases = [("tiny", "llama"), ("512", "llama"), ("tiny", "gpt")]
     result: dict[str, Any] = {}
     for shape, family in cases:
         arguments = {"shape": shape, "rows": rows, "prompt": prompt, "tokens": tokens}

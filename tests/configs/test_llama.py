@@ -29,7 +29,10 @@ SIZES = {
     "Gemma2_2B": 2_614_341_888,
     "Gemma2_9B": 9_241_705_984,
     "Gemma2_27B": 27_227_128_320,
+    "Gemma3_1B": 999_885_952,
+    "Gemma3_4B": 3_880_263_168,
     "Gemma3_12B": 11_766_034_176,
+    "Gemma3_27B": 27_009_346_304,
 }
 
 
@@ -71,7 +74,15 @@ def test_periods():
         ("LLaMA70B", {"USE_MQA": True}, "USE_MQA=True is one key/value head, not NUM_KV_HEADS=8"),
         ("LLaMA70B", {"COMBINE_QKV": True}, "COMBINE_QKV=True needs as many .* not 8 of 64"),
         ("LLaMA7B", {"LOCAL_LAYERS_PER_GLOBAL": 1}, "LOCAL_LAYERS_PER_GLOBAL=1 needs a SLIDING_W"),
-        ("Gemma2_2B", {"NUM_LAYERS": 5}, "NUM_LAYERS=5 is not a multiple of the 2 blocks"),
+        (
+            "Gemma2_2B",
+            {
+                "NUM_LAYERS": 5,
+                "MESH_AXES": ("pipeline", "fsdp", "tensor"),
+                "ICI_MESH_SHAPE": (2, 1, 1),
+            },
+            "NUM_LAYERS=5 leaves 1 over of periods of 2 blocks",
+        ),
         ("LLaMA7B", {"HIDDEN_DIMS": 0}, "HIDDEN_DIMS=0 must be at least 1"),
     ],
 )

@@ -25,7 +25,9 @@ def operands(rows=20, p=6, q=4, e=4, seed=0):
     return [jax.random.normal(k, s) for k, s in zip(keys, shapes)]
 
 
-@pytest.mark.parametrize("hardware", [None, Hardware("cuda", 9.0)], ids=["cpu", "gpu"])
+@pytest.mark.parametrize(
+    "hardware", [None, Hardware("cuda", 9.0), Hardware("tpu")], ids=["cpu", "gpu", "tpu"]
+)
 @pytest.mark.parametrize("name", SIZES)
 def test_values_and_gradients_equal_one_product_a_group(name, hardware):
     sizes = SIZES[name]
@@ -81,15 +83,18 @@ def test_the_backward_pass_makes_no_product_with_every_matrix():
     assert taken(grouped_matmul_reference, 64) > 4 * many
 
 
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
-def test_elsewhere_the_gradient_of_the_matrices_is_a_loop_over_blocks(platform):
+@pytest.mark.parametrize(("platform", "blocks"), [("cuda", 3), ("tpu", 1)])
+def test_elsewhere_products_are_loops_over_blocks(platform, blocks):
+    """Of the three products in a step, all on a GPU; on a TPU the gradient of the matrices."""
     x, w, dy = operands(512, 64, 64, 16)
     sizes = jnp.full((16,), 32)
     with traced_for(Hardware(platform)):
         backward = lambda x, w, dy: jax.vjp(lambda w: grouped_matmul(x, w, sizes), w)[1](dy)
         flops = matmul_flops(backward, x, w, dy)
-    once = 2 * 512 * 64 * 64
-    assert once <= flops - once <= 3.1 * once  # forward, and blocks that are not full; 16 if dense
+    once = (
+        2 * 512 * 64 * 64
+    )  # twice that in blocks that are not full, 16 times where every matrix is multiplied
+    assert flops <= (3 + blocks) * once
 
 
 def test_fetch_and_its_gradient():

@@ -46,7 +46,7 @@ FAMILIES: dict[str, tuple[type[llama.Llama], dict[str, Any]]] = {
     ),
     "gemma3": (
         llama.Gemma3_12B,
-        {"NUM_LAYERS": 6, "SLIDING_WINDOW": 7, "LOCAL_LAYERS_PER_GLOBAL": 2},
+        {"NUM_LAYERS": 8, "SLIDING_WINDOW": 7, "LOCAL_LAYERS_PER_GLOBAL": 2},  # two periods and two layers
     ),
     "mixtral": (mixtral.Mixtral8x7B, {"NUM_LAYERS": 3, "NUM_EXPERTS": 6}),
     "qwen3-moe": (

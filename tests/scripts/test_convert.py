@@ -39,6 +39,10 @@ def test_there_and_back(root, tmp_path, config, knobs):
 
     model = hugging_face(config)
     model.save_pretrained(tmp_path / "hf")
+    beside = {"tokenizer.json": b"{}\n", "tokenizer_config.json": b'{"chat_template": "x"}'}
+    for name, content in beside.items():
+        (tmp_path / "hf" / name).write_bytes(content)
+    beside["generation_config.json"] = (tmp_path / "hf" / "generation_config.json").read_bytes()
     done = run(root, config, knobs, f"--input={tmp_path}/hf", f"--output={tmp_path}/run")
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{tmp_path}/run: paxlike, float32\n"
@@ -52,6 +56,8 @@ def test_there_and_back(root, tmp_path, config, knobs):
     words = ["--dtype=bfloat16", "--max_shard_size=20KB"]
     done = run(root, config, knobs, f"--input={tmp_path}/run", f"--output={tmp_path}/out", *words)
     assert done.returncode == 0, done.stderr
+    for name, content in beside.items():
+        assert (tmp_path / "out" / name).read_bytes() == content
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     before = model.state_dict()
     assert before.keys() == after.keys()
