@@ -27,6 +27,7 @@ import fiddle as fdl  # noqa: E402
 import jax  # noqa: E402
 
 from configs import flags  # noqa: E402
+from paxlike.arguments import ArgumentParser  # noqa: E402
 from paxlike.plan import hlo, planner, target  # noqa: E402
 from paxlike.plan.chips import find_chip  # noqa: E402
 
@@ -184,7 +185,7 @@ def renewed(text: str, rows: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--again", metavar="MESH", help="compile meshes with this in their name")
