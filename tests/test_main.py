@@ -380,7 +380,7 @@ def test_pax_flags_are_knobs(tmp_path, monkeypatch):
         (["--num_hosts=2", "--host_idx=1"], "need --multiprocess_gpu"),
         (["--fdl.NUM_MICROBATCHES=0"], "NUM_MICROBATCHES=0 must be at least 1"),
         (["--fdl.LOGITS_CHUNK=-1"], "LOGITS_CHUNK=-1"),
-        (["--fdl.MESH_AXES=[replica,fsdp,tensor]"], "'replica' of size 4 .*did you mean data"),
+        (["--fdl.MESH_AXES=[replica,fsdp,tensor]"], "'replica' of size 4; .*did you mean data"),
     ],
 )
 def test_what_would_have_no_effect_is_refused(argv, message, tmp_path):

@@ -11,26 +11,25 @@ import subprocess
 import sys
 from pathlib import Path
 
+SIGNALS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD}
+
 
 def main() -> int:
     """Returns the status that it wrote."""
-    heard = []
-    child = None
-
-    def hand_on(number: int, frame: object) -> None:
-        heard.append(number)
-        if child is not None:
+    # They wait to be asked for: a handler would not run if its signal came just before the wait for the command.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    child = subprocess.Popen(sys.argv[2:], preexec_fn=_hear_again)
+    while child.poll() is None:
+        if signal.sigwait(SIGNALS) != signal.SIGCHLD:
             child.send_signal(signal.SIGTERM)
-
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, hand_on)
-    child = subprocess.Popen(sys.argv[2:])
-    if heard:  # while the child was made
-        child.send_signal(signal.SIGTERM)
-    status = child.wait()
+    status = child.returncode
     status = 128 - status if status < 0 else status
     Path(sys.argv[1]).write_text(str(status))
     return status
+
+
+def _hear_again() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 if __name__ == "__main__":
