@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from paxlike import parallel
 from paxlike.layers import lora
-from paxlike.ops import quantized
+from paxlike.ops import platform, quantized
 from paxlike.ops.matmul import matmul
 
 Initializer = Callable[..., jax.Array]
@@ -104,7 +104,7 @@ class Linear(nn.Module):
         ):
             return quantized.frozen_product(x, stored, shape)
         kernel = self._gathered(stored.astype(self.dtype)).reshape(shape)
-        if self.dot_general_cls is None and x.ndim == kernel.ndim == 2:
+        if self.dot_general_cls is None and x.ndim == 2:
             return matmul(x, kernel)
         contraction = (((x.ndim - 1,), (0,)), ((), ()))
         dot_general = (
@@ -125,6 +125,9 @@ class Linear(nn.Module):
         """
         if parallel.num_shards("embed") == 1:
             return kernel
+        if platform.is_cpu():
+            # Else the part of a stack is gathered, and copied when its dimension of layers goes.
+            kernel = parallel.shard(kernel, *self.axes)
         names = (None if name == "embed" else name for name in self.axes)
         return parallel.shard(kernel, *names)
 
