@@ -1,4 +1,4 @@
-"""Runs a command, hands SIGTERM on to it, and writes its exit status into a file.
+"""Runs a command, hands SIGTERM, SIGINT and SIGUSR1 on to it as SIGTERM, and writes its exit status into a file.
 
     python note_status.py FILE COMMAND [ARGUMENTS]
 
@@ -11,13 +11,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-SIGNALS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD}
+SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGCHLD}
 
 
 def main() -> int:
     """Returns the status that it wrote."""
     # They wait to be asked for: a handler would not run if its signal came just before the wait for the command.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # bash has it ignored, and may itself lose a Ctrl-C in its `wait`
     child = subprocess.Popen(sys.argv[2:], preexec_fn=_hear_again)
     while child.poll() is None:
         if signal.sigwait(SIGNALS) != signal.SIGCHLD:
@@ -29,6 +32,7 @@ def main() -> int:
 
 
 def _hear_again() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C comes as SIGTERM
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
