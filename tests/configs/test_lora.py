@@ -5,7 +5,8 @@ import jax
 import pytest
 
 from configs.gpt import GPT
-from configs.llama import Llama, LLaMA7B
+from configs.llama import LLaMA7B
+from configs.llama_architecture import Llama
 from configs.lora import LoraKnobs
 from paxlike import parallel
 from paxlike.train.state import StateFactory, abstract_variables, num_parameters
