@@ -20,6 +20,7 @@ from paxlike.arguments import ArgumentParser  # noqa: E402
 from paxlike.ops import attention_kernels as kernels  # noqa: E402
 from paxlike.ops import platform  # noqa: E402
 from paxlike.ops.scores import Scores  # noqa: E402
+from scripts.lib import page  # noqa: E402
 
 PAGE = ROOT / "docs" / "attention.md"
 HARDWARE = {
@@ -76,15 +77,6 @@ def tables() -> dict[str, str]:
     }
 
 
-def renewed(text: str) -> str:
-    """The page with its tables made anew."""
-    for name, table in tables().items():
-        begin, end = f"<!-- {name}: made by scripts/attention_table.py -->\n", "<!-- end -->"
-        before, rest = text.split(begin)
-        text = f"{before}{begin}{table}\n{rest[rest.index(end) :]}"
-    return text
-
-
 def _markdown(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -96,12 +88,7 @@ def main() -> int:
     )
     parser.add_argument("--check", action="store_true", help="change nothing")
     options = parser.parse_args()
-    text = PAGE.read_text()
-    new = renewed(text)
-    if options.check:
-        return 0 if new == text else 1
-    PAGE.write_text(new)
-    return 0
+    return page.renew(PAGE, "attention_table.py", tables(), check=options.check)
 
 
 if __name__ == "__main__":

@@ -30,10 +30,10 @@ from configs import flags  # noqa: E402
 from paxlike.arguments import ArgumentParser  # noqa: E402
 from paxlike.plan import hlo, planner, target  # noqa: E402
 from paxlike.plan.chips import find_chip  # noqa: E402
+from scripts.lib import page  # noqa: E402
 
 NUMBERS = ROOT / "docs" / "benchmarks" / "xla_flags.json"
 PAGE = ROOT / "docs" / "training.md"
-BEGIN, END = "<!-- flags: made by scripts/xla_bundles_table.py -->\n", "<!-- end -->"
 MODEL = ["--fdl_config=Synthetic5B", "--fdl.NUM_LAYERS=4"]
 FLAT = ["--fdl.DCN_MESH_SHAPE=[1,1,1]"]
 PIPELINE = ['--fdl.MESH_AXES=["pipeline","data","fsdp","tensor"]', "--fdl.DCN_MESH_SHAPE=[1,1,1,1]"]
@@ -178,12 +178,6 @@ def table(rows: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def renewed(text: str, rows: dict[str, Any]) -> str:
-    """The page with its table made anew."""
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}{table(rows)}\n{rest[rest.index(END) :]}"
-
-
 def main() -> int:
     parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -194,12 +188,7 @@ def main() -> int:
     rows = json.loads(NUMBERS.read_text())["rows"] if NUMBERS.exists() else {}
     if not options.check:
         measure(rows, options.again)
-    text = PAGE.read_text()
-    new = renewed(text, rows)
-    if options.check:
-        return 0 if new == text else 1
-    PAGE.write_text(new)
-    return 0
+    return page.renew(PAGE, "xla_bundles_table.py", {"flags": table(rows)}, check=options.check)
 
 
 if __name__ == "__main__":

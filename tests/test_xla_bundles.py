@@ -84,7 +84,7 @@ def test_the_committed_effects_and_their_table():
 
     rows = json.loads(effects.NUMBERS.read_text())["rows"]
     assert {mesh: tuple(found) for mesh, found in rows.items()} == effects.ROWS
-    text = effects.PAGE.read_text()
-    assert effects.renewed(text, rows) == text
+    tables = {"flags": effects.table(rows)}
+    assert not effects.page.renew(effects.PAGE, "xla_bundles_table.py", tables, check=True)
     sharded = rows["tensor 8, SEQUENCE_PARALLEL"]
     assert sharded["`gpu-sharded` (O1)"]["step_ms"] < sharded["`gpu`"]["step_ms"]
