@@ -214,8 +214,8 @@ def _settle(experiment: Experiment, evaluators, abstract, log) -> None:
     for evaluator in evaluators if experiment.kernels is not None else ():
         settled = evaluator.settle(experiment.kernels, abstract)
         settled.report(log.progress.write, log.warning)
-        if settled.is_news and settled.line != said:
-            said = settled.line
+        if news := settled.news(said):
+            said = news
             log.event("attention", kernels=said)
             log.progress.write(f"attention: {said}")
 

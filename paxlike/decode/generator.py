@@ -276,9 +276,9 @@ class Generator:
             return trace()
         settled = self._kernels.settle(trace)
         settled.report(self._say, self._say)
-        if settled.is_news and settled.line != self._said:
-            self._said = settled.line
-            self._say(f"attention: {settled.line}")
+        if news := settled.news(self._said):
+            self._said = news
+            self._say(f"attention: {news}")
         return settled.traced
 
 

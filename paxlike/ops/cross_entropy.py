@@ -21,9 +21,8 @@ from paxlike.ops import platform
 from paxlike.ops.matmul import contract_rows
 
 AUTO_CHUNK_BYTES = 256 << 20  # float32 logits that one device may hold at a time
-GPU_MULTIPLE = (
-    64  # rows of a table that the products of a GPU want; XLA pads to 8, anew in every chunk
-)
+# Rows of a table that the products of a GPU want; XLA pads to 8, anew in every chunk.
+GPU_MULTIPLE = 64
 CPU_CHUNK_BYTES = 16 << 20  # of them that a CPU's last cache keeps between the passes over them
 
 

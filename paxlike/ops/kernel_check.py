@@ -89,6 +89,10 @@ class Settled:
         for line in self.refusals:
             warn(line)
 
+    def news(self, said: str) -> str:
+        """The line, where it is worth saying and is not what was `said` before; else nothing."""
+        return self.line if self.is_news and self.line != said else ""
+
     @property
     def is_news(self) -> bool:
         """Whether it is anything but the plain form where there is no other."""

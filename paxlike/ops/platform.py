@@ -12,9 +12,8 @@ import jax
 from paxlike import compat
 from paxlike.scoped import Scoped
 
-CPU_COPY_BYTES = (
-    4 << 30
-)  # of weights that a CPU holds a second time, in another form, while it generates
+# Of weights that a CPU holds a second time, in another form, while it generates.
+CPU_COPY_BYTES = 4 << 30
 
 
 @dataclasses.dataclass(frozen=True)

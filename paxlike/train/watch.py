@@ -36,7 +36,7 @@ class Watch:
         boxes = named(factory.boxed().params)
         # Arrays of a stack have the layers in front.
         stacked = {
-            name: is_box(box) and box.names[:1] != () and box.names[0] in parallel.STACKED
+            name: is_box(box) and not {*parallel.STACKED}.isdisjoint(box.names[:1])
             for name, box in boxes.items()
         }
 

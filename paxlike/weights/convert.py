@@ -17,7 +17,7 @@ from paxlike.weights.exporting import DEFAULT_SHARD_SIZE, DTYPES, Dtype, export_
 from paxlike.weights.foreign import is_foreign
 from paxlike.weights.hugging_face import INDEX, SINGLE
 from paxlike.weights.importing import Report, Source, open_source
-from paxlike.weights.maps import Description
+from paxlike.weights.maps import STACKS, Description
 from paxlike.weights.rearrange import Shape
 
 Kind = Literal["paxlike", "huggingface"]
@@ -117,7 +117,7 @@ def _streamed(
             shape,
             DTYPES[dtype],
             parts(path),
-            num_lead=int(path.startswith(("prefix/", "stack/", "tail/"))),
+            num_lead=int(path.partition("/")[0] in STACKS),
         )
         for path, shape in shapes.items()
     }

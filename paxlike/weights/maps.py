@@ -16,7 +16,8 @@ from typing import Any, ClassVar, Literal
 from paxlike.weights.rearrange import Rearrangement, Shape, rearrangement
 
 Origin = Literal["huggingface", "meta"]
-_BLOCK = re.compile(r"(prefix|stack|tail)/period_(\d+)/(.+)")
+STACKS = ("prefix", "stack", "tail")  # of a model, in the order of its layers
+_BLOCK = re.compile(rf"({'|'.join(STACKS)})/period_(\d+)/(.+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -348,7 +349,7 @@ def layers_of(shapes: Mapping[str, Shape]) -> dict[str, tuple[int, int]]:
     blocks = {path: match for path in shapes if (match := _BLOCK.fullmatch(path))}
     found: dict[str, tuple[int, int]] = {}
     start = 0
-    for stack in ("prefix", "stack", "tail"):
+    for stack in STACKS:
         mine = {path: int(match[2]) for path, match in blocks.items() if match[1] == stack}
         period = len(set(mine.values()))
         found |= {path: (start + block, period) for path, block in mine.items()}
