@@ -218,7 +218,8 @@ def quantize(x: Float[Array, "..."], scale: Float[Array, ""], dtype: Any) -> Flo
     limit = float(jnp.finfo(dtype).max)
     x = x.astype(jnp.float32)
     bounded = jnp.clip(x / scale, -limit, limit)
-    return jnp.where(jnp.isfinite(x), bounded, jnp.nan).astype(dtype)
+    # Of the scale, or a loop over layers would keep an array of this constant beside.
+    return jnp.where(jnp.isfinite(x), bounded, jnp.nan * scale).astype(dtype)
 
 
 def times(x: Float[Array, "..."], factor: Float[Array, ""]) -> Float[Array, "..."]:
