@@ -381,7 +381,7 @@ def test_experts_without_capacity_are_those_with_places_for_all(dropless, of_exp
 @pytest.mark.parametrize(
     ("sizes", "options"),
     [
-        ({"expert": 2, "fsdp": 2}, {"scan": False, "remat": "SAVE_NOTHING"}),
+        ({"expert": 2, "fsdp": 2}, {"remat": "SAVE_NOTHING"}),
         ({"pipeline": 2, "tensor": 2}, {"pipeline": Pipeline(2)}),
     ],
     ids=str,
