@@ -1,5 +1,6 @@
 """Hugging Face -> paxlike -> Hugging Face: every bit, on any mesh; and against an independent reading."""
 
+import fiddle as fdl
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -58,6 +59,22 @@ def test_there_and_back_is_the_same_bit_for_bit(saved, tmp_path, name, dtype):
     tokens = torch.arange(12).reshape(2, 6)
     with torch.no_grad():
         assert torch.equal(load(folder)(tokens).logits, again(tokens).logits)
+
+
+def test_layers_behind_the_last_whole_period_go_back_bit_for_bit(tmp_path):
+    import torch
+
+    from tests.parity import families
+
+    small = families.config("gemma3")  # periods of three: two of them, and two layers
+    model = families.reference(small, seed=2)
+    model.save_pretrained(tmp_path / "in")
+    _, params, _ = families.load(tmp_path / "in", small, (1, 2, 2))
+    assert set(params["tail"]) == {"period_0", "period_1"}
+    export_params(params, tmp_path / "out", fdl.build(small.experiment().weights))
+    before, after = model.state_dict(), load(tmp_path / "out").state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
 
 
 @pytest.mark.parametrize("mesh", [(2, 2), (4, 1), (1, 2)])
