@@ -94,7 +94,11 @@ def test_periods():
             {"ROPE_ORIGINAL_LEN": 16},
             "ROPE_ORIGINAL_LEN=16 has no effect with ROPE_SCALING=linear: .* set ROPE_SCALING=llama3 or yarn$",
         ),
-        ("LLaMA7B", {"ROPE_SCALING_FACTOR": 2.0}, "FACTOR=2.0 has no effect with ROPE_SCALING=None"),
+        (
+            "LLaMA7B",
+            {"ROPE_SCALING_FACTOR": 2.0},
+            "FACTOR=2.0 has no effect with ROPE_SCALING=None",
+        ),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_before_anything_is_made(name, changes, message):
