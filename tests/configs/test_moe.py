@@ -128,6 +128,17 @@ def test_the_others_differ_in_data_alone(name):
         ("Mixtral8x7B", {"EXPERT_GROUPS": 3}, "NUM_EXPERTS=8 is not a multiple of EXPERT_GROUPS=3"),
         ("Mixtral8x7B", {"MOE_DISPATCH": "einsum"}, "no effect without EXPERT_CAPACITY_FACTOR"),
         ("Mixtral8x7B", {"ROUTER": "experts"}, "need an EXPERT_CAPACITY_FACTOR"),
+        ("PileGLaM126M64E", {"MOE_EXCHANGE": "all_to_all"}, "has no effect with EXPERT_CAPACITY_FA"),
+        (
+            "Mixtral8x7B",
+            {"EXPERT_BUFFER_FACTOR": 1.5},
+            "EXPERT_BUFFER_FACTOR=1.5 has no effect with MOE_EXCHANGE=gather: set MOE_EXCHANGE=all_to",
+        ),
+        (
+            "Mixtral8x7B",
+            {"EXPERT_BUFFER_FACTOR": 0.9, "MOE_EXCHANGE": "all_to_all"},
+            "EXPERT_BUFFER_FACTOR=0.9 must be at least 1: less than the mean would be dropped",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(name, changes, message):
