@@ -95,7 +95,6 @@ def of_one_device():
     [
         ({"fsdp": 2, "expert": 2}, BOTH),
         ({"tensor": 2, "expert": 2}, None),
-        ({"expert": 2, "context": 2}, None),
     ],
     ids=lambda value: "x".join(value) if isinstance(value, dict) and len(value) < 4 else "",
 )
@@ -140,7 +139,9 @@ def test_a_layer_says_what_found_no_place():
     x, _, _, kernels = inputs()
     how = Exchange("all_to_all", 1.0)
     layer = MoE(EXPERTS, 6, Router(Choice(k=2)), use_bias=False, exchange=how)
-    router = 2.0 * np.random.default_rng(2).standard_normal((WIDTH, EXPERTS)).astype(np.float32)
+    x = np.abs(x)
+    router = np.random.default_rng(2).standard_normal((WIDTH, EXPERTS)).astype(np.float32)
+    router[:, :2] += 0.5  # two experts are wanted by most
     params = {name: {"kernel": kernel} for name, kernel in (kernels | {"router": router}).items()}
 
     def run_layer(**sequence):
@@ -152,12 +153,12 @@ def test_a_layer_says_what_found_no_place():
         )
         return jax.device_get(jax.jit(apply, compiler_options=meshes.IN_HASTE)(x))
 
-    with parallel.activate(meshes.build({"expert": 4}), None):
+    with parallel.activate(meshes.build({"expert": 2, "context": 2}), None):
         some, sown = run_layer(train=True)
         whole, _ = run_layer(cache_length=8)  # generating drops no token
     found = sown[SUMMARIES]["moe"]
-    assert 0 <= found["over_capacity_1"] < found["over_capacity_2"] < 0.5
-    assert found["dropped"] == found["dispatch_0"]
+    over = found["over_capacity_1"] + found["over_capacity_2"]
+    assert over == pytest.approx(found["dispatch_1"] + 2 * found["dispatch_0"])
     same = np.all(np.abs(some - whole) < 2e-5, axis=-1)
     assert np.mean(same) == pytest.approx(float(found["dispatch_2"])) and np.mean(same) < 1
 
@@ -167,7 +168,6 @@ def test_a_layer_says_what_found_no_place():
     [
         (Exchange("all_to_all"), 4 * 6 * 2),  # each token to both experts of one device
         (Exchange("all_to_all", 1.25), 24),  # 18 x 1.25, in eights
-        (Exchange("all_to_all", 50.0), 4 * 6 * 2),
     ],
     ids=str,
 )
