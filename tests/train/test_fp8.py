@@ -21,6 +21,7 @@ from paxlike.layers.moe import MoE, Router
 from paxlike.layers.norm import LayerNorm
 from paxlike.layers.sequence import Sequence
 from paxlike.layers.stack import Pipeline, Stack
+from paxlike.ops.exchange import Exchange
 from paxlike.ops.fp8 import STATE, Fp8
 from paxlike.parallel import Zero
 
@@ -311,12 +312,12 @@ def test_a_weight_that_is_used_twice_is_seen_too_large_at_most(variables, expect
     np.testing.assert_allclose(weight(seen), 2 * weight(expected[1][STATE]))
 
 
-def experts_of(fp8=DELAYED, dispatch="index", capacity_factor=1.0, **options):
+def experts_of(fp8=DELAYED, dispatch="index", capacity_factor=1.0, exchange="gather", **options):
     """A stack with layers of four experts, who have no place for some of the tokens."""
     router = Router(capacity_factor=capacity_factor, group_size=LENGTH, balance_weight=0.1)
     experts = MoE(
         4, 32, router, dispatch=dispatch, dot_general_cls=fp8, use_bias=False,
-        kernel_init=nn.initializers.normal(0.2),
+        kernel_init=nn.initializers.normal(0.2), exchange=Exchange(exchange),
     )  # fmt: skip
     mixer = FeedForward(hidden=16)
     block = Block(mixer=mixer, ffn=experts, mixer_norm=LayerNorm(), ffn_norm=LayerNorm())
@@ -381,7 +382,7 @@ def test_experts_without_capacity_are_those_with_places_for_all(dropless, of_exp
 @pytest.mark.parametrize(
     ("sizes", "options"),
     [
-        ({"expert": 2, "fsdp": 2}, {"remat": "SAVE_NOTHING"}),
+        ({"expert": 2, "fsdp": 2}, {"remat": "SAVE_NOTHING", "exchange": "all_to_all"}),
         ({"pipeline": 2, "tensor": 2}, {"pipeline": Pipeline(2)}),
     ],
     ids=str,
