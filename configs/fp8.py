@@ -79,9 +79,12 @@ def apply_fp8(tree: fdl.Config[Experiment], knobs: Fp8Knobs) -> fdl.Config[Exper
     for path, node in projecting(tree.model):
         own = {f"{path}/{name}": name for name in projections(node)}
         chosen = [name for full, name in own.items() if _is_chosen(full, knobs)]
-        if fdl.get_callable(node) is MoE and (knobs.USE_TE or not fdl.build(node).has_places()):
+        if fdl.get_callable(node) is MoE and knobs.USE_TE:
             if chosen and knobs.FP8_LAYERS not in ("blocks", "all"):
-                raise ValueError(_experts_in_wide(chosen, path, knobs))
+                raise ValueError(
+                    f"FP8_LAYERS='{knobs.FP8_LAYERS}' names {path}/{chosen[0]}, but Transformer Engine does not "
+                    "multiply by the weights of experts: set USE_TE=False"
+                )
             continue
         names += own
         if chosen:
@@ -94,16 +97,6 @@ def apply_fp8(tree: fdl.Config[Experiment], knobs: Fp8Knobs) -> fdl.Config[Exper
         shown = ", ".join(names) or "none that multiplies by a weight"
         raise ValueError(f"FP8_LAYERS='{knobs.FP8_LAYERS}' matches no layer; there are {shown}")
     return tree
-
-
-def _experts_in_wide(chosen: list[str], path: str, knobs: Fp8Knobs) -> str:
-    """Why the experts that FP8_LAYERS names stay in the compute dtype."""
-    why = (
-        "Transformer Engine does not multiply by the weights of experts: set USE_TE=False"
-        if knobs.USE_TE
-        else "rows sorted by expert have no 8-bit products: set EXPERT_CAPACITY_FACTOR and MOE_DISPATCH=index or einsum"
-    )
-    return f"FP8_LAYERS='{knobs.FP8_LAYERS}' names {path}/{chosen[0]}, but {why}"
 
 
 def product(knobs: Fp8Knobs) -> fdl.Config[Any]:

@@ -1,7 +1,7 @@
 """The weights of many experts as one: a matrix for each, multiplied with the rows that the expert was given.
 
-As `Linear` is for all other weights, this is the one place where the weights of experts are multiplied: `dot_general`
-can be replaced where each expert has as many rows as the others, and adapters (`layers.lora`) stand beside.
+As `Linear` is for all other weights, this is the one place where the weights of experts are multiplied: in 8 bits
+(`ops.fp8`) where that is asked for, and adapters (`layers.lora`) stand beside.
 
 Shape legend: e experts, n rows, p inputs, q outputs, r rank.
 """
@@ -21,7 +21,9 @@ from jaxtyping import Array, Float, Int
 from paxlike import parallel
 from paxlike.layers import lora
 from paxlike.layers.linear import Initializer
-from paxlike.ops.grouped import grouped_matmul, grouped_matmul_reference
+from paxlike.ops import fp8
+from paxlike.ops.fp8 import Fp8
+from paxlike.ops.grouped import grouped_matmul, grouped_matmul_fp8, grouped_matmul_reference
 
 
 @jax.tree_util.register_dataclass
@@ -32,18 +34,29 @@ class Matrices:
     Attributes:
       kernel: one matrix each, (e, p, q).
       a, b: their adapters (e, p, r) and (e, r, q), with the scale in b; None for none.
+      peaks: amax of input, weight and gradient that the scales of 8 bits are made of (3,), or (1, 3) where each device
+        has its own copy; None: those of the tensors themselves.
+      fp8: how the kernel is multiplied in 8 bits; None: in its own dtype.
+      axes: of the mesh, over which the rows and matrices of a device's experts are spread.
     """
 
     kernel: Any
     a: Any = None
     b: Any = None
+    peaks: Any = None
+    fp8: Fp8 | None = dataclasses.field(default=None, metadata={"static": True})
+    axes: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
 
     def grouped(
         self, x: Float[Array, "n p"], sizes: Int[Array, "e"], *, reference: bool = False
     ) -> Float[Array, "n q"]:
         """The first sizes[0] rows of x times the first matrix, and so on."""
         product = grouped_matmul_reference if reference else grouped_matmul
-        y = product(x, self.kernel, sizes)
+        if self.fp8 is None or reference:
+            y = product(x, self.kernel, sizes)
+        else:
+            peaks = None if self.peaks is None else self.peaks.reshape(3)
+            y = grouped_matmul_fp8(x, self.kernel, sizes, peaks, self.fp8.margin, self.axes)
         if self.a is not None and self.b is not None:
             y = y + product(product(x, self.a, sizes), self.b, sizes)
         return y
@@ -56,7 +69,7 @@ class ExpertLinear(nn.Module):
       axes: logical names of inputs and outputs.
       kernel_init: initialiser, given the whole shape.
       dtype: compute dtype; parameters are float32.
-      dot_general_cls: makes what stands in for `jax.lax.dot_general`.
+      dot_general_cls: makes what stands in for `jax.lax.dot_general`; an `Fp8` where rows are sorted by expert.
       adapter: low-rank weights beside each matrix, which is then frozen.
     """
 
@@ -84,7 +97,7 @@ class ExpertLinear(nn.Module):
 
     def __call__(self, x: Float[Array, "e n p"]) -> Float[Array, "e n q"]:
         """As many rows for each expert."""
-        weights = self.matrices()
+        weights = self.matrices(wide=True)
         dot_general = jax.lax.dot_general if self.dot_general_cls is None else self.fp8
         contraction = (((2,), (1,)), ((0,), (0,)))
         y = dot_general(x.astype(self.dtype), weights.kernel, contraction, precision=None)
@@ -97,16 +110,22 @@ class ExpertLinear(nn.Module):
         """Makes the parameters, and the state of what multiplies; for initialisation."""
         self(jnp.zeros((self.num_experts, 1, self.inputs), self.dtype))
 
-    def matrices(self) -> Matrices:
-        """The weights in the compute dtype, whole along the width."""
+    def matrices(self, *, wide: bool = False) -> Matrices:
+        """The weights in the compute dtype, whole along the width; `wide` ones are not multiplied in 8 bits."""
         kernel = self.kernel.astype(self.dtype)
         if parallel.num_shards("expert_embed") > 1:
             names = (None if name == "expert_embed" else name for name in self.axes)
             kernel = parallel.shard(kernel, parallel.EXPERT, *names)
+        found = Matrices(kernel)
+        if self.dot_general_cls is not None and not wide:
+            fp8.check_sizes("/".join(self.path), kernel.shape[1:])
+            fp8.check_hardware()
+            found = Matrices(kernel, peaks=self.fp8.peaks(), fp8=self.dot_general_cls)
         if self.adapter is None:
-            return Matrices(kernel)
+            return found
         a, b = self.lora()
-        return Matrices(kernel, a.astype(self.dtype), (self.adapter.scale * b).astype(self.dtype))
+        scaled = (self.adapter.scale * b).astype(self.dtype)
+        return dataclasses.replace(found, a=a.astype(self.dtype), b=scaled)
 
 
 class _Adapter(nn.Module):

@@ -28,6 +28,7 @@ from paxlike.layers.sequence import Sequence
 from paxlike.ops import dispatch, routing
 from paxlike.ops.attention import is_plain
 from paxlike.ops.exchange import Exchange
+from paxlike.ops.fp8 import Fp8
 from paxlike.ops.sown import LOSSES, SUMMARIES, UPDATES
 
 DISPATCHES = ("index", "einsum", "sort")
@@ -130,10 +131,12 @@ class MoE(Projecting):
             )
         if self.dispatch not in DISPATCHES:
             raise ValueError(f"MOE_DISPATCH='{self.dispatch}' is none of {', '.join(DISPATCHES)}")
-        if self.dot_general_cls and not self.has_places():
+        chosen = [self._dot_general_cls(name) for name in ("ffn1", "gate", "ffn2")]
+        other = [made for made in chosen if not isinstance(made, Fp8 | None)]
+        if other and not self.has_places():
             raise ValueError(
-                "rows sorted by expert are multiplied in FPROP_DTYPE alone: for experts in FP8 set an "
-                "EXPERT_CAPACITY_FACTOR and MOE_DISPATCH=index or einsum, or choose other layers by FP8_LAYERS"
+                f"rows sorted by expert are multiplied in FPROP_DTYPE or by ops.fp8, and not by {other[0]}: set an "
+                "EXPERT_CAPACITY_FACTOR and MOE_DISPATCH=index or einsum"
             )
         if self.use_bias:
             raise ValueError("experts have no biases: set use_bias=False")
@@ -218,11 +221,13 @@ class MoE(Projecting):
                 experts=jnp.where(kept, chosen.experts, e),
                 gates=jnp.where(kept, chosen.gates, 0.0),
             )
+        # A token that is generated reads the weights of its experts, and would have to round those of all.
+        wide = bool(sequence.cache_length) or is_plain()
         y, fits = dispatch.by_sorting(
             x.astype(self.dtype),
             group.join(chosen.experts),
             group.join(chosen.gates),
-            {name: expert.matrices() for name, expert in experts.items()},
+            {name: expert.matrices(wide=wide) for name, expert in experts.items()},
             self._of_matrices,
             num_experts=self.num_experts,
             exchange=exchange,
@@ -261,7 +266,11 @@ class MoE(Projecting):
 
     def _of_matrices(self, rows, sizes, matrices: dict[str, Matrices], reference: bool):
         """The experts' outputs for rows sorted by expert."""
-        product = lambda name, x: matrices[name].grouped(x, sizes, reference=reference)
+
+        def product(name, x):
+            with jax.named_scope(name):
+                return matrices[name].grouped(x, sizes, reference=reference)
+
         activation = ACTIVATIONS[self.activation]
         inner = checkpoint_name(product("ffn1", rows), "ffn1")
         if self.gated:

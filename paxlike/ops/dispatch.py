@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from paxlike import compat, parallel
-from paxlike.ops import platform, routing
+from paxlike.ops import fp8, platform, routing
 from paxlike.ops.attention import is_plain
 from paxlike.ops.exchange import Exchange, elsewhere, fitting
 from paxlike.ops.grouped import fetch
@@ -172,6 +172,7 @@ def by_sorting(
     else:
         local = functools.partial(_on_device, rows=rows, **keywords)
         bounded = False
+    matrices = {name: _on_all(m, sizes) for name, m in matrices.items()}
     specs = {name: _specs(m, name, over, tensor) for name, m in matrices.items()}
     found = jax.shard_map(
         local,
@@ -179,20 +180,26 @@ def by_sorting(
         out_specs=(tokens, tokens) if bounded else tokens,
         axis_names=set(sizes),
         check_vma=False,
-    )(x, experts, gates, dict(matrices))
+    )(x, experts, gates, matrices)
     return found if bounded else (found, None)
 
 
+def _on_all(matrices, sizes: Mapping[str, int]):
+    """Matrices on a mesh, whose devices scale them in 8 bits by the largest that any of them sees."""
+    peaks = matrices.peaks
+    if peaks is not None:
+        peaks = fp8.for_each(peaks, math.prod(sizes.values()))
+    return dataclasses.replace(matrices, peaks=peaks, axes=tuple(sizes))
+
+
 def _specs(matrices, name: str, over, tensor):
-    """Of the kernel and its adapters; the hidden dimension is the first of the way back."""
+    """Of the kernel, its adapters and its scales; the hidden dimension is the first of the way back."""
     hidden_first = name == "ffn2"
     parts = {"kernel": (hidden_first, not hidden_first), "a": (hidden_first, False)}
     parts["b"] = (False, not hidden_first)
     spec = lambda p, q: P(over or None, tensor if p else None, tensor if q else None)
-    given = {
-        field.name: None if getattr(matrices, field.name) is None else spec(*parts[field.name])
-        for field in dataclasses.fields(matrices)
-    }
+    specs = {name: spec(*split) for name, split in parts.items()} | {"peaks": P(matrices.axes)}
+    given = {name: None if getattr(matrices, name) is None else specs[name] for name in specs}
     return dataclasses.replace(matrices, **given)
 
 

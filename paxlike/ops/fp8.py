@@ -84,7 +84,10 @@ class DotGeneral(nn.Module):
 
     fp8: Fp8
 
-    @nn.compact
+    def setup(self):
+        if self.fp8.recipe == "delayed":
+            self.history = history(self, self.fp8.amax_history)
+
     def __call__(
         self,
         x: Float[Array, "..."],
@@ -105,10 +108,11 @@ class DotGeneral(nn.Module):
             )
         check_sizes("/".join(self.path[:-1]), kernel.shape[stacked:])
         check_hardware()
-        if self.fp8.recipe == "current":
-            return product(x, kernel, None, self.fp8.margin, stacked)
-        seen = peaks(history(self, self.fp8.amax_history))
-        return product(x, kernel, seen, self.fp8.margin, stacked)
+        return product(x, kernel, self.peaks(), self.fp8.margin, stacked)
+
+    def peaks(self) -> Float[Array, "3"] | None:
+        """What the scales are made of; None: the tensors themselves."""
+        return None if self.fp8.recipe == "current" else peaks(self.history)
 
 
 def history(module: nn.Module, steps: int) -> Float[Array, "3 n"]:
@@ -168,7 +172,7 @@ def _forward(x, w, peaks, margin, stacked):
     with jax.named_scope(f"{SCOPE}forward"):
         over = ((x.ndim - 1,), (stacked,))
         y = _dot(narrow, quantize(w, w_scale, FORWARD), over, x.dtype, stacked)
-    y = _times(y, x_scale * w_scale)
+    y = times(y, x_scale * w_scale)
     # The weight as it came: a remat policy then gathers and rounds it again, rather than keep it whole. The input as
     # bytes: what a policy keeps goes through XLA's reduce_precision, to which E4M3 above 240 is infinite.
     kept = jax.lax.bitcast_convert_type(narrow, jnp.uint8)
@@ -189,7 +193,7 @@ def _backward(margin, stacked, residuals, dy):
     with jax.named_scope(f"{SCOPE}weight_grad"):
         over = (tuple(range(stacked, rows)), tuple(range(stacked, rows)))
         dw = _dot(narrow, narrow_dy, over, w.dtype, stacked)
-    dx, dw = _times(dx, dy_scale * w_scale), _times(dw, x_scale * dy_scale)
+    dx, dw = times(dx, dy_scale * w_scale), times(dw, x_scale * dy_scale)
     return dx, dw, None if peaks is None else jnp.stack([*seen, seen_dy])
 
 
@@ -214,7 +218,13 @@ def quantize(x: Float[Array, "..."], scale: Float[Array, ""], dtype: Any) -> Flo
     limit = float(jnp.finfo(dtype).max)
     x = x.astype(jnp.float32)
     bounded = jnp.clip(x / scale, -limit, limit)
-    return jnp.where(jnp.isfinite(x), bounded, jnp.nan).astype(dtype)
+    # Of the scale, or a loop over layers would keep an array of this constant beside.
+    return jnp.where(jnp.isfinite(x), bounded, jnp.nan * scale).astype(dtype)
+
+
+def times(x: Float[Array, "..."], factor: Float[Array, ""]) -> Float[Array, "..."]:
+    """What is multiplied by scales again; in float32, and in the dtype that it had."""
+    return (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
 def advance(history: Float[Array, "*layers 3 n"], seen: Float[Array, "*layers 3 n"]) -> Array:
@@ -252,6 +262,18 @@ def peaks(history: Float[Array, "3 n"]) -> Float[Array, "3"]:
 peaks.defvjp(lambda history: (peaks(history), history), lambda like, seen: (_newest(like, seen),))
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def for_each(peaks: Float[Array, "3"], count: int) -> Float[Array, "count 3"]:
+    """`peaks` for each of so many devices; what they have seen comes back as the maximum."""
+    return jnp.broadcast_to(peaks, (count, *peaks.shape))
+
+
+for_each.defvjp(
+    lambda peaks, count: (for_each(peaks, count), None),
+    lambda count, _, seen: (jnp.max(seen, axis=0),),
+)
+
+
 def _newest(like, seen):
     """An array like a history with `seen` in the place of the newest step and zeros elsewhere."""
     return jnp.zeros_like(like).at[..., 0].set(seen)
@@ -260,7 +282,3 @@ def _newest(like, seen):
 def _dot(a, b, contracted, dtype, stacked):
     lead = tuple(range(stacked))
     return jax.lax.dot_general(a, b, (contracted, (lead, lead)), preferred_element_type=dtype)
-
-
-def _times(x, factor):
-    return (x.astype(jnp.float32) * factor).astype(x.dtype)

@@ -3,20 +3,22 @@
 `jax.lax.ragged_dot` says it in one operation. What a compiler makes of it differs: on a CPU and on a GPU XLA multiplies
 every row with every matrix (seen in the program that it makes for an H100 with jax 0.11.2), on a TPU it does not. So it
 is a loop over blocks of rows on the first two, and for the gradient of the matrices everywhere: neither time nor memory
-grows with the number of matrices.
+grows with the number of matrices. In 8 bits (`ops.fp8`) it is that loop, too, whose products an H100 has as calls of
+cuBLASLt.
 
 Shape legend: n rows, p inputs, q outputs, e matrices.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from paxlike.ops import platform
+from paxlike.ops import fp8, platform
 
 _LARGEST_BLOCK = 256  # rows, on a CPU
 _LARGEST_BLOCK_ELSEWHERE = 1024  # a GPU copies the matrix of each block: it should be worth it
@@ -50,6 +52,71 @@ def _backward(residuals, dy):
 
 
 grouped_matmul.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def grouped_matmul_fp8(
+    x: Float[Array, "n p"],
+    w: Float[Array, "e p q"],
+    sizes: Int[Array, "e"],
+    peaks: Float[Array, "3"] | None,
+    margin: int = 0,
+    axes: tuple[str, ...] = (),
+) -> Float[Array, "n q"]:
+    """`grouped_matmul` with both in 8 bits, as `ops.fp8.product`: all matrices share a scale, and so do all rows.
+
+    p and q are multiples of 16, and so are the blocks. Rows beyond all groups are not looked at. `peaks`, and their
+    "gradient", are those of `ops.fp8.product`; where they are None, and in a `shard_map`, the tensors are those of all
+    devices along `axes`.
+    """
+    return _forward_fp8(x, w, sizes, peaks, margin, axes)[0]
+
+
+def _forward_fp8(x, w, sizes, peaks, margin, axes):
+    x = _of_groups(x, sizes)
+    seen = fp8.amax(x), fp8.amax(w)
+    used = _of_all(seen, axes) if peaks is None else (peaks[0], peaks[1])
+    x_scale, w_scale = (fp8.scale(amax, fp8.FORWARD, margin) for amax in used)
+    narrow = fp8.quantize(x, x_scale, fp8.FORWARD)
+    with jax.named_scope(f"{fp8.SCOPE}forward"):
+        # An H100 multiplies 8-bit rows with 8-bit rows: matrices are turned once, not one in every turn.
+        turned = fp8.quantize(w.swapaxes(1, 2), w_scale, fp8.FORWARD)
+        y = _product_in_blocks(narrow, turned, sizes, True, x.dtype, fp8.MULTIPLE)
+    # Kept for the backward pass as in `ops.fp8`.
+    kept = jax.lax.bitcast_convert_type(narrow, jnp.uint8)
+    return fp8.times(y, x_scale * w_scale), (kept, w, sizes, peaks, x_scale, w_scale, seen)
+
+
+def _backward_fp8(margin, axes, residuals, dy):
+    kept, w, sizes, peaks, x_scale, w_scale, seen = residuals
+    narrow = jax.lax.bitcast_convert_type(kept, fp8.FORWARD)
+    dy = _of_groups(dy, sizes)
+    seen_dy = fp8.amax(dy)
+    dy_scale = fp8.scale(
+        _of_all(seen_dy, axes) if peaks is None else peaks[2], fp8.BACKWARD, margin
+    )
+    narrow_dy = fp8.quantize(dy, dy_scale, fp8.BACKWARD)
+    with jax.named_scope(f"{fp8.SCOPE}input_grad"):
+        matrices = fp8.quantize(w, w_scale, fp8.FORWARD)
+        dx = _product_in_blocks(narrow_dy, matrices, sizes, True, dy.dtype, fp8.MULTIPLE)
+    with jax.named_scope(f"{fp8.SCOPE}weight_grad"):
+        dw = _of_matrices(narrow, narrow_dy, sizes, fp8.MULTIPLE)
+    dx = fp8.times(dx, dy_scale * w_scale)
+    dw = fp8.times(dw, x_scale * dy_scale).astype(w.dtype)
+    return dx, dw, None, None if peaks is None else jnp.stack([*seen, seen_dy])
+
+
+grouped_matmul_fp8.defvjp(_forward_fp8, _backward_fp8)
+
+
+def _of_groups(x, sizes):
+    """Rows, with zeros for those beyond all groups."""
+    return jnp.where((jnp.arange(x.shape[0]) < jnp.sum(sizes))[:, None], x, 0)
+
+
+def _of_all(amax, axes: tuple[str, ...]):
+    """The largest along mesh axes."""
+    return jax.lax.pmax(amax, axes) if axes else amax
 
 
 def _product(x, w, sizes, *, transposed: bool = False):
@@ -97,9 +164,9 @@ class _Blocks(NamedTuple):
     left: Int[Array, "limit"]
 
 
-def _blocks(n: int, sizes: Int[Array, "e"]) -> _Blocks:
+def _blocks(n: int, sizes: Int[Array, "e"], smallest: int = _SMALLEST_BLOCK) -> _Blocks:
     e = sizes.shape[0]
-    rows = _SMALLEST_BLOCK
+    rows = smallest
     largest = _LARGEST_BLOCK if platform.is_cpu() else _LARGEST_BLOCK_ELSEWHERE
     while rows < largest and rows * e < n:
         rows *= 2
@@ -114,8 +181,9 @@ def _blocks(n: int, sizes: Int[Array, "e"]) -> _Blocks:
     return _Blocks(rows, limit, ends[-1], group, jnp.where(left > 0, start, n), left)
 
 
-def _product_in_blocks(x, w, sizes, transposed):
-    n, blocks = x.shape[0], _blocks(x.shape[0], sizes)
+def _product_in_blocks(x, w, sizes, transposed, dtype: Any = None, smallest: int = _SMALLEST_BLOCK):
+    """In a loop; in another dtype than that of the rows where one is given."""
+    n, blocks = x.shape[0], _blocks(x.shape[0], sizes, smallest)
     q = w.shape[1] if transposed else w.shape[2]
     contraction = (((1,), (1 if transposed else 0,)), ((), ()))
     padded = jnp.pad(x, ((0, blocks.rows), (0, 0)))
@@ -123,25 +191,26 @@ def _product_in_blocks(x, w, sizes, transposed):
     def body(i, y):
         rows = jax.lax.dynamic_slice_in_dim(padded, blocks.start[i], blocks.rows)
         matrix = jax.lax.dynamic_index_in_dim(w, blocks.group[i], keepdims=False)
-        part = jax.lax.dot_general(rows, matrix, contraction)
+        part = jax.lax.dot_general(rows, matrix, contraction, preferred_element_type=dtype)
         # What runs over into the next group is overwritten by that group's own blocks, which come later.
         return jax.lax.dynamic_update_slice_in_dim(y, part, blocks.start[i], 0)
 
-    y = jnp.zeros((n + blocks.rows, q), x.dtype)
+    y = jnp.zeros((n + blocks.rows, q), dtype or x.dtype)
     y = jax.lax.fori_loop(0, _count(blocks), body, y)[:n]
-    return jnp.where((jnp.arange(n) < jnp.sum(sizes))[:, None], y, 0)
+    return _of_groups(y, sizes)
 
 
-def _of_matrices(x, dy, sizes) -> jax.Array:
+def _of_matrices(x, dy, sizes, smallest: int = _SMALLEST_BLOCK) -> jax.Array:
     """The gradient of the matrices, x^T dy of each group, in float32."""
-    blocks = _blocks(x.shape[0], sizes)
+    blocks = _blocks(x.shape[0], sizes, smallest)
     x, dy = (jnp.pad(a, ((0, blocks.rows), (0, 0))) for a in (x, dy))
     contraction = (((0,), (0,)), ((), ()))
 
     def body(i, dw):
         start, group = blocks.start[i], blocks.group[i]
         mine = (jnp.arange(blocks.rows) < blocks.left[i])[:, None]
-        rows = jnp.where(mine, jax.lax.dynamic_slice_in_dim(x, start, blocks.rows), 0)
+        rows = jax.lax.dynamic_slice_in_dim(x, start, blocks.rows)
+        rows = jnp.where(mine, rows, 0)
         other = jax.lax.dynamic_slice_in_dim(dy, start, blocks.rows)
         part = jax.lax.dot_general(rows, other, contraction, preferred_element_type=jnp.float32)
         before = jax.lax.dynamic_index_in_dim(dw, group, keepdims=False)

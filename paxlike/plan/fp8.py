@@ -2,7 +2,8 @@
 
 The three products of a weight carry names (`paxlike.ops.fp8`), in the traced step and in what the compiler makes of it.
 What the trace holds is expected, loops multiplied; each product found under the same name with 8-bit operands, or as
-cuBLASLt's 8-bit call, answers one. A product that is computed again in the backward pass is expected once.
+cuBLASLt's 8-bit call, answers one. A product that is computed again in the backward pass is expected once, and so is
+one that is a loop over blocks (`paxlike.ops.grouped`).
 """
 
 from __future__ import annotations
@@ -79,17 +80,43 @@ def asked_for(traced: Any) -> Counter[Key]:
 def made(module: hlo.Module) -> Counter[Key]:
     """The same of a compiled program: what is multiplied in 8 bits there, recomputed products too."""
     found: Counter[Key] = Counter()
-    for instruction, computation, times in module.executed():
-        inside = [(instruction, computation)]
-        if instruction.opcode == "fusion":
-            called = module.computations[instruction.calls["calls"]]
-            inside = [(one, called) for one in called.instructions.values()]
-        for one, where in inside:
-            name = _OP_NAME.search(one.attributes)
-            key = _key(name[1]) if name and _is_narrow(one, where) else None
-            if key is not None:
+    for instruction, computation, times in module.executed(whole=_is_product):
+        if instruction.opcode == "while":
+            # By the name of the loop: of two loops that do the same, the compiler keeps the inside of one.
+            if _has_narrow(module, module.computations[instruction.calls["body"]]):
+                found[_key_of(instruction)] += times
+            continue
+        for one, where in _with_fused(module, instruction, computation):
+            if _is_narrow(one, where) and (key := _key_of(one)):
                 found[key] += times
     return found
+
+
+def _is_product(loop: hlo.Instruction) -> bool:
+    return _key_of(loop) is not None
+
+
+def _key_of(instruction: hlo.Instruction) -> Key | None:
+    name = _OP_NAME.search(instruction.attributes)
+    return _key(name[1]) if name else None
+
+
+def _has_narrow(module: hlo.Module, body: hlo.Computation) -> bool:
+    return any(
+        _is_narrow(one, where)
+        for instruction in body.instructions.values()
+        for one, where in _with_fused(module, instruction, body)
+    )
+
+
+def _with_fused(
+    module: hlo.Module, instruction: hlo.Instruction, computation: hlo.Computation
+) -> list[tuple[hlo.Instruction, hlo.Computation]]:
+    """An operation, or those of a fusion, and the computations that they stand in."""
+    if instruction.opcode != "fusion":
+        return [(instruction, computation)]
+    called = module.computations[instruction.calls["calls"]]
+    return [(one, called) for one in [instruction, *called.instructions.values()]]
 
 
 def _is_narrow(instruction: hlo.Instruction, computation: hlo.Computation) -> bool:
@@ -116,7 +143,8 @@ def _products(jaxpr: Any, prefix: str, times: int) -> Iterator[tuple[str, int]]:
         name = f"{prefix}/{equation.source_info.name_stack}"
         if equation.primitive.name == "dot_general":
             yield name, times
-        turns = equation.params["length"] if equation.primitive.name == "scan" else 1
+        is_scan = equation.primitive.name == "scan" and not _KIND.search(name)
+        turns = equation.params["length"] if is_scan else 1
         for value in equation.params.values():
             for item in value if isinstance(value, tuple | list) else (value,):
                 if hasattr(item, "eqns") or hasattr(getattr(item, "jaxpr", None), "eqns"):

@@ -11,7 +11,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -133,23 +133,26 @@ class Module:
     entry: str
     num_devices: int
 
-    def executed(self) -> Iterator[tuple[Instruction, Computation, int]]:
+    def executed(
+        self, whole: Callable[[Instruction], bool] | None = None
+    ) -> Iterator[tuple[Instruction, Computation, int]]:
         """Every operation that runs, with how often; loops multiplied, the inside of a fusion left out.
 
-        Of a conditional all branches are given, of a loop without a known number of turns one turn.
+        Of a conditional all branches are given, of a loop without a known number of turns one turn. Loops for which
+        `whole` is true are given themselves, not what runs inside.
         """
-        yield from self._executed(self.computations[self.entry], 1)
+        yield from self._executed(self.computations[self.entry], 1, whole)
 
-    def _executed(self, computation: Computation, times: int):
+    def _executed(self, computation: Computation, times: int, whole):
         for instruction in computation.instructions.values():
             calls = instruction.calls
-            if instruction.opcode == "while":
+            if instruction.opcode == "while" and not (whole is not None and whole(instruction)):
                 turns = instruction.trip_count
                 body = self.computations[calls["body"]]
-                yield from self._executed(body, times * (1 if turns is None else turns))
+                yield from self._executed(body, times * (1 if turns is None else turns), whole)
             elif instruction.opcode in ("call", "conditional"):
                 for name in calls.values():
-                    yield from self._executed(self.computations[name], times)
+                    yield from self._executed(self.computations[name], times, whole)
             else:
                 yield instruction, computation, times
 

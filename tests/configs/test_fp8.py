@@ -6,6 +6,7 @@ import fiddle as fdl
 import pytest
 
 from configs import flags, glam
+from paxlike.ops import te
 from paxlike.ops.fp8 import Fp8
 from tests.configs.test_gpt import shrink
 
@@ -47,11 +48,14 @@ def experts(**changes):
     return sorted(getattr(block.ffn, "dot_general_cls", None) or {})
 
 
-def test_experts_that_have_places():
-    assert experts() == experts(FP8_LAYERS="ffn/") == ["ffn1", "ffn2"]
-    assert experts(MOE_DISPATCH="sort") == experts(FP8_LAYERS="mixer") == []
-    with pytest.raises(ValueError, match="'ffn' names .*/ffn/ffn1, but rows sorted by") as error:
-        experts(FP8_LAYERS="ffn", EXPERT_CAPACITY_FACTOR=None)
+def test_experts_with_and_without_capacity(monkeypatch):
+    for changes in ({}, {"MOE_DISPATCH": "sort"}, {"EXPERT_CAPACITY_FACTOR": None}):
+        assert experts(**changes) == experts(FP8_LAYERS="ffn/", **changes) == ["ffn1", "ffn2"]
+        assert experts(FP8_LAYERS="mixer", **changes) == []
+    monkeypatch.setattr(te, "engine", lambda: None)
+    assert experts(USE_TE=True) == []
+    with pytest.raises(ValueError, match="'ffn' names .*/ffn/ffn1, but Transformer Eng") as error:
+        experts(USE_TE=True, FP8_LAYERS="ffn")
     assert "\n" not in str(error.value)
 
 

@@ -252,6 +252,10 @@ def test_generating_drops_no_token():
     params = init(net, x)
     cached = apply(net, params, x, cache_length=8)
     assert_close(cached, apply(layer(), params, x))
+    # Nor does it multiply in 8 bits, which takes the matrices of all experts.
+    np.testing.assert_array_equal(
+        cached, apply(net.clone(dot_general_cls=Fp8()), params, x, cache_length=8)
+    )
 
 
 def test_jitter_changes_the_router_while_training_alone():
@@ -277,7 +281,11 @@ def test_jitter_changes_the_router_while_training_alone():
         ({"dispatch": "magic"}, "MOE_DISPATCH='magic' is none of index, einsum, sort"),
         ({"jitter": 1.5}, r"ROUTER_JITTER=1.5 is not in \[0, 1\)"),
         ({"chosen_by": "experts"}, "need an EXPERT_CAPACITY_FACTOR"),
-        ({"fp8": Fp8()}, "for experts in FP8 set an EXPERT_CAPACITY_FACTOR and MOE_DISPATCH"),
+        (
+            {"fp8": Fp8()},
+            "FP8 needs sizes that are multiples of 16, and ffn1 is 8 x 12: change them",
+        ),
+        ({"fp8": dict}, "or by ops.fp8, and not by .*: set an EXPERT_CAPACITY_FACTOR and MOE_DISP"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(change, message):

@@ -1,12 +1,21 @@
 """Products of rows in groups: against one product a group, and what they take."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from parallel import meshes
 
 from paxlike.log.flops import matmul_flops
-from paxlike.ops.grouped import fetch, grouped_matmul, grouped_matmul_reference
+from paxlike.ops import fp8
+from paxlike.ops.grouped import (
+    fetch,
+    grouped_matmul,
+    grouped_matmul_fp8,
+    grouped_matmul_reference,
+)
 from paxlike.ops.platform import Hardware, traced_for
 
 SIZES = {
@@ -60,6 +69,50 @@ def test_values_and_gradients_equal_one_product_a_group(name, hardware):
         results(ours),
         results(naive),
     )
+
+
+GPU = Hardware("cuda", 9.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "hardware"),
+    [("more than a block", "delayed", None), ("rows beyond", "current", GPU)],
+)
+def test_in_8_bits_they_equal_an_8_bit_product_a_group(name, recipe, hardware):
+    sizes = SIZES[name]
+    used, ends = sum(sizes), np.cumsum(sizes)
+    x, w, dy = operands(max(20, used), 16, 32)
+    dy *= 1e-6
+    given = jnp.stack([jnp.max(jnp.abs(t)) for t in (x[:used], w, dy[:used])])
+    # What belongs to no group is not looked at.
+    x, dy = (t.at[used:].set(jnp.nan) for t in (x, dy))
+
+    def naive(x, w, peaks):
+        groups = [(i, slice(end - n, end)) for i, (n, end) in enumerate(zip(sizes, ends)) if n]
+        parts = [fp8.product(x[rows], w[i], peaks) for i, rows in groups]
+        return jnp.concatenate([*parts, jnp.zeros((x.shape[0] - used, w.shape[2]))])
+
+    def ours(x, w, peaks):
+        return grouped_matmul_fp8(x, w, jnp.asarray(sizes), None if recipe == "current" else peaks)
+
+    def results(function):
+        def both(x, w, peaks):
+            y, pull = jax.vjp(function, x, w, peaks)
+            return y, pull(dy)
+
+        with traced_for(hardware) if hardware else contextlib.nullcontext():
+            return jax.jit(both, compiler_options=meshes.IN_HASTE)(x, w, given)
+
+    y, (dx, dw, seen) = results(ours)
+    ry, (rdx, rdw, _) = results(naive)
+    np.testing.assert_allclose(y, ry, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dx[:used], rdx[:used], rtol=1e-5, atol=1e-11)
+    np.testing.assert_allclose(dw, rdw, rtol=1e-5, atol=1e-11)
+    assert not dx[used:].any()
+    np.testing.assert_array_equal(seen, 0.0 * given if recipe == "current" else given)
+    if name != "rows beyond":
+        exact = grouped_matmul(x, w, jnp.asarray(sizes))
+        assert 0.01 < np.linalg.norm(y - exact) / np.linalg.norm(exact) < 0.05
 
 
 def taken(function, e):

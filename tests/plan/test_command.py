@@ -36,10 +36,10 @@ KNOBS = {
 }
 
 
-def plan(*given, expect=0, **knobs):
-    """What `--mode=plan` prints for a small GPT."""
+def plan(*given, expect=0, config="Synthetic126M", **knobs):
+    """What `--mode=plan` prints for a small GPT, or another model."""
     overrides = [f"--fdl.{name}={value}" for name, value in {**KNOBS, **knobs}.items()]
-    command = [sys.executable, "main.py", "--mode=plan", "--fdl_config=Synthetic126M"]
+    command = [sys.executable, "main.py", "--mode=plan", f"--fdl_config={config}"]
     environ = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     done = subprocess.run(
         [*command, *overrides, *given],

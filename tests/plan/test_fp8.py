@@ -12,6 +12,7 @@ from plan.test_command import installed, plan
 from paxlike import parallel
 from paxlike.layers.lora import TRAINABLE, Lora
 from paxlike.layers.moe import MoE, Router
+from paxlike.ops import grouped
 from paxlike.ops.fp8 import Fp8
 from paxlike.plan import fp8, hlo
 from paxlike.train.state import StateFactory
@@ -20,14 +21,14 @@ from paxlike.train.step import TrainStep
 LAYERS = 3
 
 
-def traced(*, adapters=None, opt=None, experts=0, **options):
+def traced(*, adapters=None, opt=None, experts=0, capacity=1.0, **options):
     """The step of a tiny GPT in FP8, traced; the feed-forward layers may be of so many experts."""
     net = tiny.model(**{"layers": LAYERS, "width": 32, **options})
     (block,) = net.stack.period
     mixer = block.mixer.clone(dot_general_cls=Fp8(), adapters=adapters)
     ffn = block.ffn.clone(dot_general_cls=Fp8())
     if experts:
-        router = Router(capacity_factor=1.0)
+        router = Router(capacity_factor=capacity)
         ffn = MoE(experts, 64, router, gated=True, dot_general_cls=Fp8(), use_bias=False)
     block = block.clone(mixer=mixer, ffn=ffn)
     net = net.clone(stack=net.stack.clone(period=(block,)))
@@ -53,8 +54,13 @@ def test_three_products_for_each_weight_and_layer(options):
     assert kinds == {"forward", "input_grad", "weight_grad"}
 
 
-def test_the_experts_of_a_layer_are_one_weight():
-    asked = fp8.asked_for(traced(experts=4))
+@pytest.mark.parametrize("capacity", [1.0, None])
+def test_the_experts_of_a_layer_are_one_weight(capacity, monkeypatch):
+    if (
+        capacity is None
+    ):  # as on a GPU, where the number of turns over blocks is known, and is not the count
+        monkeypatch.setattr(grouped, "_count", lambda blocks: blocks.limit)
+    asked = fp8.asked_for(traced(experts=4, capacity=capacity))
     assert asked.total() == 3 * 5 * LAYERS
     kinds = {kind for layer, kind in asked if layer.endswith("period_0/ffn/gate")}
     assert kinds == {"forward", "input_grad", "weight_grad"}
@@ -86,6 +92,19 @@ PROGRAM = """HloModule jit_step, is_scheduled=true
   ROOT %dot.1 = bf16[16,16]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}, metadata={op_name="jit(step)/stack/while/body/ffn/fp8/fp8_weight_grad/dot_general"}
 }
 
+%block (p.2: f8e4m3fn[16,16]) -> f8e4m3fn[16,16] {
+  %p.2 = f8e4m3fn[16,16]{1,0} parameter(0)
+  %gemm.2 = (bf16[16,16]{1,0}, s8[64]{0}) custom-call(%p.2, %p.2), custom_call_target="__cublas$lt$matmul$f8", metadata={op_name="jit(step)/stack/while/body/ffn/ffn1/fp8_forward/while/body/dot_general"}
+  ROOT %r.2 = f8e4m3fn[16,16]{1,0} copy(%p.2)
+}
+
+%wide_block (p.3: f8e4m3fn[16,16]) -> f8e4m3fn[16,16] {
+  %p.3 = f8e4m3fn[16,16]{1,0} parameter(0)
+  %w.3 = bf16[16,16]{1,0} convert(%p.3)
+  %gemm.3 = (bf16[16,16]{1,0}, s8[64]{0}) custom-call(%w.3, %w.3), custom_call_target="__cublas$lt$matmul", metadata={op_name="jit(step)/stack/while/body/ffn/gate/fp8_input_grad/while/body/dot_general"}
+  ROOT %r.3 = f8e4m3fn[16,16]{1,0} copy(%p.3)
+}
+
 %body (p: f8e4m3fn[16,16]) -> f8e4m3fn[16,16] {
   %p = f8e4m3fn[16,16]{1,0} parameter(0)
   %q = f8e5m2[16,16]{1,0} constant({...})
@@ -93,6 +112,8 @@ PROGRAM = """HloModule jit_step, is_scheduled=true
   %gemm = (bf16[16,16]{1,0}, s8[64]{0}) custom-call(%p, %p), custom_call_target="__cublas$lt$matmul$f8", metadata={op_name="jit(step)/stack/while/body/closed_call/ffn/ffn._product/fp8/fp8_forward/dot_general"}
   %triton = bf16[16,16]{1,0} fusion(%p, %q), kind=kCustom, calls=%dots
   %wide = (bf16[16,16]{1,0}, s8[64]{0}) custom-call(%w, %w), custom_call_target="__cublas$lt$matmul", metadata={op_name="jit(step)/stack/while/body/ffn/fp8/fp8_input_grad/dot_general"}
+  %blocks = f8e4m3fn[16,16]{1,0} while(%p), condition=%condition, body=%block, metadata={op_name="jit(step)/stack/while/body/ffn/gate/fp8_forward/while"}, backend_config={"known_trip_count":{"n":"9"}}
+  %wide_blocks = f8e4m3fn[16,16]{1,0} while(%p), condition=%condition, body=%wide_block, metadata={op_name="jit(step)/stack/while/body/ffn/gate/fp8_input_grad/while"}, backend_config={"known_trip_count":{"n":"9"}}
   ROOT %r = f8e4m3fn[16,16]{1,0} copy(%p)
 }
 
@@ -110,6 +131,8 @@ ENTRY %main (x: f8e4m3fn[16,16]) -> f8e4m3fn[16,16] {
 
 def test_calls_and_fusions_are_found_in_loops_and_wide_ones_are_not():
     made = fp8.made(hlo.parse(PROGRAM))
+    # A loop over blocks, in a scan over five layers, counts once, under its own name.
+    assert made.pop(("stack/ffn/gate", "forward")) == 5
     assert made == {("stack/ffn", "forward"): 5, ("stack/ffn", "weight_grad"): 5}
     kinds = ("forward", "input_grad", "weight_grad")
     expected = fp8.Counter({("stack/ffn", kind): 5 for kind in kinds})
@@ -136,19 +159,24 @@ def test_a_run_on_a_gpu_says_what_it_found(monkeypatch):
     not installed("jax-cuda13-plugin", "jax-cuda12-plugin"),
     reason="needs the GPU compiler: requirements/plan.txt",
 )
-def test_the_program_for_h100_multiplies_in_fp8(tmp_path):
+@pytest.mark.parametrize(
+    ("config", "layers", "products"),
+    [("Synthetic126M", {"NUM_LAYERS": 3}, 36), ("Mixtral8x7B", {"NUM_KV_HEADS": 2}, 42)],
+)
+def test_the_program_for_h100_multiplies_in_fp8(config, layers, products, tmp_path):
     done = plan(
         "--chip=h100",
         f"--job_log_dir={tmp_path}",
+        config=config,
         USE_FP8=True,
-        NUM_LAYERS=3,
+        **layers,
         CHECKPOINT_POLICY="SAVE_NOTHING",
         ICI_MESH_SHAPE="[1,2,2]",
         DCN_MESH_SHAPE="[1,1,1]",
     )
-    assert "\nFP8 products: 36 of 36\n" in done.stdout
+    assert f"\nFP8 products: {products} of {products}\n" in done.stdout
     found = json.loads((tmp_path / "plan.json").read_text())["fp8"]
-    assert found == {"expected": 36, "found": 36, "missing": {}}
+    assert found == {"expected": products, "found": products, "missing": {}}
 
 
 @pytest.mark.skipif(

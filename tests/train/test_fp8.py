@@ -21,6 +21,7 @@ from paxlike.layers.moe import MoE, Router
 from paxlike.layers.norm import LayerNorm
 from paxlike.layers.sequence import Sequence
 from paxlike.layers.stack import Pipeline, Stack
+from paxlike.ops.exchange import Exchange
 from paxlike.ops.fp8 import STATE, Fp8
 from paxlike.parallel import Zero
 
@@ -311,12 +312,12 @@ def test_a_weight_that_is_used_twice_is_seen_too_large_at_most(variables, expect
     np.testing.assert_allclose(weight(seen), 2 * weight(expected[1][STATE]))
 
 
-def experts_of(fp8=DELAYED, dispatch="index", **options):
+def experts_of(fp8=DELAYED, dispatch="index", capacity_factor=1.0, exchange="gather", **options):
     """A stack with layers of four experts, who have no place for some of the tokens."""
-    router = Router(capacity_factor=1.0, group_size=LENGTH, balance_weight=0.1)
+    router = Router(capacity_factor=capacity_factor, group_size=LENGTH, balance_weight=0.1)
     experts = MoE(
         4, 32, router, dispatch=dispatch, dot_general_cls=fp8, use_bias=False,
-        kernel_init=nn.initializers.normal(0.2),
+        kernel_init=nn.initializers.normal(0.2), exchange=Exchange(exchange),
     )  # fmt: skip
     mixer = FeedForward(hidden=16)
     block = Block(mixer=mixer, ffn=experts, mixer_norm=LayerNorm(), ffn_norm=LayerNorm())
@@ -361,6 +362,43 @@ def test_experts_are_nearly_those_in_float32(of_experts):
 def test_experts_see_the_same_on_every_mesh(sizes, options, of_experts):
     variables, one = of_experts
     assert_same(loss_and_seen(experts_of(**options), variables, sizes), one)
+
+
+@pytest.fixture(scope="module")
+def dropless(of_experts):
+    """What one device makes of the same variables where all tokens have a place."""
+    return loss_and_seen(experts_of(capacity_factor=None), of_experts[0], {"data": 1})
+
+
+def test_experts_without_capacity_are_those_with_places_for_all(dropless, of_experts):
+    places = loss_and_seen(experts_of(capacity_factor=4.0), of_experts[0], {"data": 1})
+    np.testing.assert_allclose(dropless[0], places[0], rtol=1e-6)
+    for ours, theirs in zip(*(jax.tree.leaves(r[1][STATE]) for r in (dropless, places))):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+    assert meshes.distance(dropless[1]["params"], places[1]["params"]) < 1e-4
+    assert meshes.distance(dropless[1]["params"], of_experts[1][1]["params"]) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [
+        ({"expert": 2, "fsdp": 2}, {"remat": "SAVE_NOTHING", "exchange": "all_to_all"}),
+        ({"pipeline": 2, "tensor": 2}, {"pipeline": Pipeline(2)}),
+    ],
+    ids=str,
+)
+def test_experts_without_capacity_see_the_same_on_every_mesh(sizes, options, of_experts, dropless):
+    stack = experts_of(capacity_factor=None, **options)
+    assert_same(loss_and_seen(stack, of_experts[0], sizes), dropless)
+
+
+def test_experts_without_capacity_scale_by_what_all_devices_have(of_experts):
+    stack = experts_of(Fp8("current"), capacity_factor=None)
+    params = {"params": of_experts[0]["params"]}
+    alone = loss_and_seen(stack, params, {"data": 1})
+    found = loss_and_seen(stack, params, {"expert": 2, "tensor": 2})
+    np.testing.assert_allclose(found[0], alone[0], rtol=1e-5)
+    assert meshes.distance(found[1], alone[1]) < 1e-3
 
 
 def test_adapters_beside_experts():
