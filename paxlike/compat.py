@@ -94,16 +94,21 @@ def _cpu_kind() -> str:
 
 
 @contextlib.contextmanager
-def without_cudnn() -> Iterator[None]:
-    """Lets fused attention be traced where cuDNN is not installed, as by a 9.10; the compiler does not need it.
+def without_cudnn(compute_capability: float) -> Iterator[None]:
+    """Lets fused attention be traced as for a GPU of this capability where there is neither one nor cuDNN.
 
-    jax asks the library for its version to refuse what old ones lack.
+    jax asks the library for its version (here 9.10) and the GPU at hand for its capability to refuse what old ones
+    lack; the compiler needs neither.
     """
     from jax._src.cudnn import fused_attention_stablehlo as fused
 
-    asked = fused.check_cudnn_version
-    fused.check_cudnn_version = lambda: 91000
-    try:
+    answers = {
+        "check_cudnn_version": lambda: 91000,
+        "check_compute_capability": lambda least: compute_capability >= float(least),
+        "is_cuda_compute_capability_equal": lambda other: compute_capability == float(other),
+    }
+    with contextlib.ExitStack() as stack:
+        for name, answer in answers.items():
+            stack.callback(setattr, fused, name, getattr(fused, name))
+            setattr(fused, name, answer)
         yield
-    finally:
-        fused.check_cudnn_version = asked

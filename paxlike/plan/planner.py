@@ -319,7 +319,9 @@ def tracing(mesh: jax.sharding.Mesh, experiment: Experiment, chip: Chip) -> Iter
 
 def fused_attention(chip: Chip) -> contextlib.AbstractContextManager:
     """In which fused attention may be traced for `chip`, whatever is installed."""
-    return compat.without_cudnn() if chip.platform == "cuda" else contextlib.nullcontext()
+    if chip.platform != "cuda":
+        return contextlib.nullcontext()
+    return compat.without_cudnn(chip.compute_capability)
 
 
 def fixed_memory(experiment: Experiment, abstract: Any, spec: Any) -> Memory:

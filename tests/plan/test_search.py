@@ -105,8 +105,9 @@ def test_policies_that_keep_more_have_more_bytes_and_fewer_flops():
     assert kept[0].flops == pytest.approx(kept[2].flops * 4 / 3, rel=0.25)
 
 
-def test_a_gpu_is_planned_with_fused_attention_though_there_is_none():
-    narrow = change({"FPROP_DTYPE": "bfloat16"})
+@pytest.mark.parametrize("head_dim", [64, 192], ids=["any GPU", "since Hopper"])
+def test_a_gpu_is_planned_with_fused_attention_though_there_is_none(head_dim):
+    narrow = change({"FPROP_DTYPE": "bfloat16", "DIMS_PER_HEAD": head_dim})
     fused, plain = activations(narrow, H100), activations(narrow, CPU)
     scores = 2 * 2 * 32 * 32  # of two layers and heads, which the fused form does not keep
     assert fused.bytes < plain.bytes - 2 * scores
