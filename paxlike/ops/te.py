@@ -276,19 +276,19 @@ def _its_ways(resource: Any = None) -> Iterator[None]:
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["bits"], meta_fields=["dtype"])
 @dataclasses.dataclass(frozen=True)
 class _Kept:
-    """An array that waits for the backward pass, 8-bit floats as bytes."""
+    """An array, or a constant, that waits for the backward pass, 8-bit floats as bytes."""
 
-    bits: jax.Array
+    bits: Any
     dtype: Any
 
     @classmethod
-    def of(cls, array: jax.Array) -> _Kept:
+    def of(cls, array: Any) -> _Kept:
         dtype = jnp.asarray(array).dtype
         if dtype.itemsize == 1 and jnp.issubdtype(dtype, jnp.floating):
             return cls(jax.lax.bitcast_convert_type(array, jnp.uint8), dtype)
         return cls(array, None)
 
-    def restored(self) -> jax.Array:
+    def restored(self) -> Any:
         if self.dtype is None:
             return self.bits
         return jax.lax.bitcast_convert_type(self.bits, self.dtype)

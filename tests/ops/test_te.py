@@ -4,6 +4,7 @@ With Transformer Engine (scripts/build_te_cpu.sh) its own CPU forms are tested, 
 tests what lies around it.
 """
 
+import collections
 import dataclasses
 import importlib
 import inspect
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from jax.ad_checkpoint import checkpoint_name
 from parallel import meshes
 
 from paxlike import parallel
@@ -115,20 +117,38 @@ def test_blocks_of_32_are_rounded_as_the_standard_says(engine, monkeypatch):
     close(dw, in_blocks(x, 0).T @ in_blocks(dy, 0))
 
 
-def net_of(product, **options):
+def net_of(*products, llama=False, **options):
+    """Two blocks with a product each, repeated where there is one."""
+    if llama:
+        options |= {"combine_qkv": False, "num_kv_heads": 2}
     net = tiny.model(layers=2, width=32, **options)
     (block,) = net.stack.period
-    mixer = block.mixer.clone(dot_general_cls=product)
-    block = block.clone(mixer=mixer, ffn=block.ffn.clone(dot_general_cls=product))
-    return net.clone(stack=net.stack.clone(period=(block,)))
+    if llama:
+        ffn = block.ffn.clone(gated=True, activation="silu", use_bias=False)
+        norms = {"mixer_norm": RMSNorm(), "ffn_norm": RMSNorm(zero_centered=True)}
+        block = block.clone(ffn=ffn, mixer=block.mixer.clone(use_bias=False), **norms)
+    period = tuple(
+        block.clone(
+            mixer=block.mixer.clone(dot_general_cls=product),
+            ffn=block.ffn.clone(dot_general_cls=product),
+        )
+        for product in products
+    )
+    return net.clone(stack=net.stack.clone(period=period, repeats=2 // len(period)))
 
 
 def test_the_same_parameters_and_state_and_training_goes_on_by_either(engine):
-    """Two steps of ours, and of Transformer Engine from the same state: a checkpoint serves both."""
+    """Two steps of ours, and of Transformer Engine from the same state: a checkpoint serves both.
+
+    In the second block its norms are part of its products.
+    """
     options = {"compiler_options": meshes.IN_HASTE}
-    ours = tiny.Trainer(net=net_of(Fp8(amax_history=4), remat="SAVE_DOT_ONLY"), **options)
+    ours = Fp8(amax_history=4)
+    ours = tiny.Trainer(net=net_of(ours, ours, remat="SAVE_DOT_ONLY"), **options)
     product = TransformerEngine("delayed", amax_history=4)
-    theirs = tiny.Trainer(net=net_of(product, remat="SAVE_DOT_ONLY"), **options)
+    behind_norms = dataclasses.replace(product, fused=None)
+    net = net_of(product, behind_norms, remat="SAVE_DOT_ONLY")
+    theirs = tiny.Trainer(net=net, **options)
     describe = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
     assert describe(theirs.abstract) == describe(ours.abstract)
     ours.step(ours.data[0])
@@ -140,7 +160,10 @@ def test_the_same_parameters_and_state_and_training_goes_on_by_either(engine):
     pairs = zip(*(jax.tree.leaves(dict(t.state.collections)[STATE]) for t in (ours, theirs)))
     for one, other in pairs:
         assert (one[..., :3] > 0).all()
-        np.testing.assert_allclose(one, other, rtol=3e-2)
+        np.testing.assert_allclose(one[..., 1:], other[..., 1:], rtol=1e-3)
+        # After a step in which some values were rounded the other way; the largest gradient is itself an 8-bit sum.
+        np.testing.assert_allclose(one[..., :2, 0], other[..., :2, 0], rtol=3e-2)
+        np.testing.assert_allclose(one[..., 2, 0], other[..., 2, 0], rtol=1 / 8)
 
 
 def test_parameters_without_fp8_are_those_without_it(engine):
@@ -151,18 +174,81 @@ def test_parameters_without_fp8_are_those_without_it(engine):
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 2, "tensor": 2}, {"data": 2, "pipeline": 2}], ids=str)
 def test_on_a_mesh_it_is_told_the_axes(engine, sizes):
-    net = net_of(TransformerEngine("current"), remat="SAVE_NOTHING")
+    product = TransformerEngine("current", fused=None)
+    net = net_of(product, remat="SAVE_NOTHING", llama="tensor" in sizes)
     stack = net.stack.clone(pipeline=net.stack.pipeline.__class__(2))
     net, batch = net.clone(stack=stack), tiny.batches(1)[0]
     params = meshes.init(net)
     alone = meshes.loss_and_gradients(net, params, batch, {"data": 1})
     te_stand_in.guards.clear()
+    te_stand_in.told.clear()
     found = meshes.loss_and_gradients(net, params, batch, sizes)
     np.testing.assert_allclose(found[0], alone[0], rtol=1e-3)
+    # In 8 bits a sum in another order is rounded the other way; in a pipeline, each device scales the rows it holds.
+    assert meshes.distance(found[1], alone[1]) < (2e-2 if "tensor" in sizes else 0.1)
     if engine == "stand-in" and "tensor" in sizes:
         asked = te_stand_in.MeshResource(fsdp_resource="fsdp", tp_resource="tensor")
         assert te_stand_in.guards
         assert all(resource == asked for resource in te_stand_in.guards)
+        assert te_stand_in.told == {
+            (("batch", "length", "act_embed"), ("fsdp", None, None)),
+            (("batch", "length", "act_mlp"), ("fsdp", None, "tensor")),
+        }
+
+
+KEPT = "context,combined_qkv_proj,query_proj,key_proj,value_proj,ffn1,ffn1_gate"
+
+
+@pytest.mark.parametrize("llama", [False, True], ids=["gpt", "llama"])
+def test_a_model_behind_norms_is_the_model_without(engine, monkeypatch, llama):
+    """Each layer asks for what is fused; scanned and computed again, the numbers are the same, and so is what is kept."""
+    batch = tiny.batches(1)[0]
+    models = {
+        remat: [net_of(how, llama=llama, remat=remat) for how in (TransformerEngine(fused=True), None)]
+        for remat in ("SAVE_EVERYTHING", KEPT, "SAVE_NOTHING")
+    }
+    params = meshes.init(models[KEPT][1])
+    net, plain = models[KEPT]
+    found, expected = (meshes.loss_and_gradients(m, params, batch, {"data": 1}) for m in (net, plain))
+    meshes.assert_same(found, expected, 1e-5)
+
+    tokens = jnp.asarray(batch["tokens"])
+
+    def products(net):
+        loss = lambda params: jnp.sum(net.apply({"params": params}, tokens, train=True).hidden)
+        return counted(jax.make_jaxpr(jax.grad(loss))(params))["dot_general"]
+
+    again = {remat: [products(net) for net in nets] for remat, nets in models.items()}
+    everything = again.pop("SAVE_EVERYTHING")
+    again = {remat: [a - b for a, b in zip(all_, everything)] for remat, all_ in again.items()}
+    assert again[KEPT][0] == again[KEPT][1] < again["SAVE_NOTHING"][0]
+
+    def marked(name):
+        module = getattr(te.engine().jax, name)
+        its = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, **o: checkpoint_name(its(*a, **o), name))
+
+    marked("layernorm_dense")
+    marked("layernorm_mlp")
+    calls = counted(jax.make_jaxpr(net.apply)({"params": params}, tokens))
+    assert calls["layernorm_dense"] == calls["layernorm_mlp"] == 2
+
+
+def counted(jaxpr, times=1):
+    """How often a program does what, by the names of primitives, or of what was given a name."""
+    found = collections.Counter()
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        name = equation.primitive.name
+        found[equation.params["name"] if name == "name" else name] += times
+        turns = equation.params["length"] if name == "scan" else 1
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr):
+            if is_jaxpr(value):
+                found += counted(value, times * turns)
+    return found
+
+
+def is_jaxpr(value):
+    return hasattr(value, "eqns") or hasattr(value, "jaxpr")
 
 
 def test_adapters_beside_it(engine):
