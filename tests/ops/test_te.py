@@ -6,17 +6,20 @@ tests what lies around it.
 
 import collections
 import dataclasses
+import functools
 import importlib
 import inspect
 import os
 import re
 import sys
+import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from parallel import meshes
 
@@ -24,7 +27,9 @@ from paxlike import parallel
 from paxlike.layers.feedforward import ACTIVATIONS
 from paxlike.layers.linear import Linear
 from paxlike.layers.lora import Lora
+from paxlike.layers.moe import MoE
 from paxlike.layers.norm import LayerNorm, RMSNorm
+from paxlike.layers.sequence import Sequence
 from paxlike.log.flops import matmul_flops
 from paxlike.ops import attention, fp8, platform, te, te_fused
 from paxlike.ops import attention_kernels as kernels
@@ -40,12 +45,18 @@ except (ImportError, OSError) as error:
     MISSING = f"Transformer Engine cannot be imported here ({error}); see scripts/build_te_cpu.sh"
 
 
+@pytest.fixture
+def standing_in(monkeypatch):
+    """The stand-in, whatever is installed."""
+    for name, module in te_stand_in.modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+
+
 @pytest.fixture(params=["Transformer Engine", "stand-in"])
 def engine(request, monkeypatch):
     """Transformer Engine itself, and what has its interface."""
     if request.param == "stand-in":
-        for name, module in te_stand_in.modules().items():
-            monkeypatch.setitem(sys.modules, name, module)
+        request.getfixturevalue("standing_in")
         return request.param
     if MISSING:
         pytest.skip(MISSING)
@@ -201,15 +212,19 @@ KEPT = "context,combined_qkv_proj,query_proj,key_proj,value_proj,ffn1,ffn1_gate"
 
 @pytest.mark.parametrize("llama", [False, True], ids=["gpt", "llama"])
 def test_a_model_behind_norms_is_the_model_without(engine, monkeypatch, llama):
-    """Each layer asks for what is fused; scanned and computed again, the numbers are the same, and so is what is kept."""
+    """Each layer asks for what is fused; scanned and computed again, numbers are the same, and so is what is kept."""
     batch = tiny.batches(1)[0]
     models = {
-        remat: [net_of(how, llama=llama, remat=remat) for how in (TransformerEngine(fused=True), None)]
+        remat: [
+            net_of(how, llama=llama, remat=remat) for how in (TransformerEngine(fused=True), None)
+        ]
         for remat in ("SAVE_EVERYTHING", KEPT, "SAVE_NOTHING")
     }
     params = meshes.init(models[KEPT][1])
     net, plain = models[KEPT]
-    found, expected = (meshes.loss_and_gradients(m, params, batch, {"data": 1}) for m in (net, plain))
+    found, expected = (
+        meshes.loss_and_gradients(m, params, batch, {"data": 1}) for m in (net, plain)
+    )
     meshes.assert_same(found, expected, 1e-5)
 
     tokens = jnp.asarray(batch["tokens"])
@@ -232,6 +247,119 @@ def test_a_model_behind_norms_is_the_model_without(engine, monkeypatch, llama):
     marked("layernorm_mlp")
     calls = counted(jax.make_jaxpr(net.apply)({"params": params}, tokens))
     assert calls["layernorm_dense"] == calls["layernorm_mlp"] == 2
+
+
+def llama_with(**changes):
+    """A block of a LLaMA, whose parts have these fields: `ffn__activation` and so on."""
+    (block,) = net_of(TransformerEngine("current", fused=True), llama=True).stack.period
+    parts = collections.defaultdict(dict)
+    for name, value in changes.items():
+        part, _, field = name.partition("__")
+        if field:
+            parts[part][field] = value
+    changes = {name: value for name, value in changes.items() if "__" not in name}
+    changes |= {name: getattr(block, name).clone(**fields) for name, fields in parts.items()}
+    return block.clone(**changes)
+
+
+class Double(nn.Module):
+    """No norm."""
+
+    def __call__(self, x):
+        return 2.0 * x
+
+
+EXPERTS = MoE(hidden=64, num_experts=2, use_bias=False)
+ALL = {"layernorm_dense": 1, "layernorm_mlp": 1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "calls", "why"),
+    [
+        ({"mixer_post_norm": RMSNorm(), "ffn_post_norm": RMSNorm()}, ALL, None),
+        ({"mixer__adapters": {"out": Lora(2)}}, ALL, None),
+        ({"ffn__activation": "gelu_exact"}, {"layernorm_dense": 2}, None),
+        ({"ffn__adapters": {"ffn2": Lora(2)}}, {"layernorm_dense": 2}, None),
+        ({"ffn": EXPERTS}, {"layernorm_dense": 1}, None),
+        ({"ffn__dot_general_cls": None}, {"layernorm_dense": 1}, None),
+        (
+            {"mixer__adapters": {"key": Lora(2)}},
+            {"layernorm_mlp": 1},
+            "mixer stays apart from its norm, because query, key, value have adapters",
+        ),
+        (
+            {"ffn_norm": Double()},
+            {"layernorm_dense": 1},
+            "ffn stays apart from its norm, because Transformer Engine has no Double",
+        ),
+        (
+            {"mixer_norm__dtype": "bfloat16"},
+            {"layernorm_mlp": 1},
+            "residual stream, norm and layer are of different types, bfloat16, float32",
+        ),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_what_can_be_fused_is_and_the_rest_says_why(standing_in, changes, calls, why):
+    assert fused_calls(llama_with(**changes), Sequence(), why) == calls
+
+
+def test_fused_nowhere(standing_in):
+    """While tokens are generated; where its gradients of a norm would lack those of other devices."""
+    block = llama_with()
+    assert fused_calls(block, Sequence(cache_length=32), None) == {}
+    for sizes, rules in (
+        ({"context": 2}, None),
+        ({"fsdp": 2, "expert": 2}, None),
+        ({"tensor": 2}, parallel.rules_with(residual_length=("context", "tensor"))),
+    ):
+        (axis,) = sizes.keys() - {"fsdp"}
+        why = f"tokens are spread over {axis}, over which it does not sum the gradients of a norm"
+        with parallel.activate(meshes.build(sizes), rules):
+            assert fused_calls(block, Sequence(), why) == {}
+
+
+def fused_calls(block, sequence, why):
+    """How often the stand-in's fused functions are called for one block, which warns if `why` is not None."""
+    found = collections.Counter()
+
+    def counting(its):
+        def call(*arguments, **options):
+            found[its.__name__] += 1
+            return its(*arguments, **options)
+
+        return call
+
+    its = te.engine().jax
+    its.layernorm_dense.layernorm_dense = counting(te_stand_in.layernorm_dense)
+    its.layernorm_mlp.layernorm_mlp = counting(te_stand_in.layernorm_mlp)
+    x = jax.ShapeDtypeStruct((4, 32, 32), "float32")
+    variables = jax.eval_shape(block.init, jax.random.key(0), x, sequence)
+    found.clear()
+    call = functools.partial(block.apply, sequence=sequence, mutable=["cache"])
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        jax.eval_shape(call, nn.unbox(variables), x)
+    said = [str(each.message) for each in said if "TE_FUSED" in str(each.message)]
+    assert bool(said) == (why is not None)
+    assert all(line.startswith("TE_FUSED=True: ") and why in line for line in said)
+    return found
+
+
+def test_the_stand_in_is_called_as_it_is():
+    """Its arguments are those of the real one, in their order."""
+    if MISSING:
+        pytest.skip(MISSING)
+    for name in ("dense.dense", "layernorm_dense.layernorm_dense", "layernorm_mlp.layernorm_mlp"):
+        module, function = name.split(".")
+        real = getattr(importlib.import_module(f"transformer_engine.jax.{module}"), function)
+        theirs = inspect.signature(real).parameters
+        ours = inspect.signature(getattr(te_stand_in, function)).parameters
+        if function != "dense":
+            assert list(ours) == list(theirs)
+        assert set(ours) <= set(theirs)
+        needed = {name for name, each in theirs.items() if each.default is each.empty}
+        assert needed <= set(ours)
 
 
 def counted(jaxpr, times=1):
