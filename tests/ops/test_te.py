@@ -346,6 +346,39 @@ def fused_calls(block, sequence, why):
     return found
 
 
+def test_for_a_gpu_norms_and_activation_write_8_bits(monkeypatch):
+    """The programs of the real one: neither what a norm nor what an activation gives is written wide."""
+    if MISSING:
+        pytest.skip(MISSING)
+    driver = importlib.import_module("transformer_engine_jax")
+    for name in ("norm_fwd", "norm_bwd", "dbias_quantize", "dact_dbias_quantize"):
+        sizes = lambda *_: (((1,), driver.DType.kByte),)
+        monkeypatch.setattr(driver, f"get_{name}_workspace_sizes", sizes)
+    monkeypatch.setattr(driver, "get_device_compute_capability", lambda number=0: 90)
+    gemm = sys.modules["transformer_engine.jax.cpp_extensions.gemm"]
+    monkeypatch.setattr(gemm, "get_device_compute_capability", lambda number=0: 90)
+    monkeypatch.setenv("NVTE_JAX_CUSTOM_CALLS", "true")
+    product = TransformerEngine("delayed", amax_history=4, fused=True)
+    (block,) = net_of(product, llama=True, dtype="bfloat16").stack.period
+    norms = {name: RMSNorm(dtype="bfloat16") for name in ("mixer_norm", "ffn_norm")}
+    block = block.clone(**norms)
+    x = jax.ShapeDtypeStruct((4, 32, 32), "bfloat16")
+    variables = nn.unbox(jax.eval_shape(block.init, jax.random.key(0), x, Sequence()))
+    loss = lambda variables, x: jnp.sum(block.apply(variables, x, Sequence()).astype(jnp.float32))
+    text = jax.jit(jax.grad(loss)).trace(variables, x).lower(lowering_platforms=("cuda",)).as_text()
+    calls = re.findall(r"custom_call @te_(\w+)_ffi\(.*-> \(tensor<([0-9x]+)x(\w+)>", text)
+    assert collections.Counter(calls) >= collections.Counter(
+        {
+            ("norm_forward", "4x32x32", "f8E4M3FN"): 2,
+            ("act_lu", "4x32x128", "f8E4M3FN"): 1,
+            ("dact_dbias_quantize", "4x32x2x128", "f8E5M2"): 1,
+            ("norm_backward", "4x32x32", "bf16"): 2,
+        }
+    )
+    # Three for each weight, less the last one forward, which no gradient needs.
+    assert sum(name == "gemm_v2" for name, _, _ in calls) == 3 * 4 - 1
+
+
 def test_the_stand_in_is_called_as_it_is():
     """Its arguments are those of the real one, in their order."""
     if MISSING:
