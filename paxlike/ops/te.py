@@ -35,6 +35,7 @@ _AXES = {"data": "dp", "fsdp": "fsdp", "tensor": "tp", "pipeline": "pp", "contex
 _AXES |= {"expert": "ep"}
 NAMES = ("batch", "length", "act_embed", "act_mlp")  # logical axes that it may be told
 _MULTIPLES = {"mxfp8": 32}  # of the sides of a matrix; 16 in the others
+_lasting = contextlib.ExitStack()
 _WITHOUT = "set USE_TE=False, or install it (the Dockerfile does; scripts/build_te_cpu.sh where there is no GPU)"
 
 
@@ -264,8 +265,14 @@ def missing() -> str | None:
 def _its_ways(resource: Any = None) -> Iterator[None]:
     """It is told the mesh and our names of axes, and may broadcast and promote as numpy does."""
     rules = [(name, parallel.mesh_axes(name) or None) for name in NAMES]
+    guard = engine().jax.sharding.global_shard_guard
+    if resource is None:
+        resource = mesh_resource()
+        # Its operations are divided over the mesh when the program is compiled, and look there again.
+        _lasting.close()
+        _lasting.enter_context(guard(resource))
     with (
-        engine().jax.sharding.global_shard_guard(resource or mesh_resource()),
+        guard(resource),
         nn.logical_axis_rules(rules),
         jax.numpy_rank_promotion("allow"),
         jax.numpy_dtype_promotion("standard"),
