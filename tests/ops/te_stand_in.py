@@ -82,7 +82,7 @@ def layernorm_dense(
 ):
     assert kernel_axes is None and not transpose_batch_sequence
     x = _constrained(x, layernorm_input_axes)
-    x = _normed(x, gamma, beta, norm_type, zero_centered_gamma, epsilon)
+    x = normed(x, gamma, beta, norm_type, zero_centered_gamma, epsilon)
     y = dense(_constrained(x, dot_input_axes), kernel, ((x.ndim - 1,), (0,)), quantizer_set)
     return y if bias is None else y + bias
 
@@ -115,19 +115,25 @@ def layernorm_mlp(
     if first is not None:  # the gradients of the two outputs are rounded by the other's
         first, second = [*first[:2], second[2]], [*second[:2], first[2]]
     x = _constrained(x, norm_input_axes)
-    x = _normed(x, gamma, beta, norm_type, zero_centered_gamma, epsilon)
+    x = normed(x, gamma, beta, norm_type, zero_centered_gamma, epsilon)
     x = dense(_constrained(x, dot_1_input_axes), one, ((x.ndim - 1,), (0,)), first)
     x = checkpoint_name(x if bias_1 is None else x + bias_1, ffn1_ckpt_name)
-    known = {"gelu": jax.nn.gelu, "relu": jax.nn.relu, "silu": jax.nn.silu, "linear": lambda x: x}
-    hidden = 1.0
-    for i, name in enumerate(activation_type):
-        hidden = hidden * known[name](x[..., i, :])
-    y = dense(_constrained(hidden, dot_2_input_axes), two, ((x.ndim - 2,), (0,)), second)
+    hidden = _constrained(activated(x, activation_type), dot_2_input_axes)
+    y = dense(hidden, two, ((x.ndim - 2,), (0,)), second)
     y = _constrained(y if bias_2 is None else y + bias_2, dot_1_input_axes)
     return checkpoint_name(y, ffn2_ckpt_name)
 
 
-def _normed(x, gamma, beta, norm_type, zero_centered_gamma, epsilon):
+def activated(x, activation_type):
+    """The product of its functions of the parts (..., n, f)."""
+    known = {"gelu": jax.nn.gelu, "relu": jax.nn.relu, "silu": jax.nn.silu, "linear": lambda x: x}
+    y = 1.0
+    for i, name in enumerate(activation_type):
+        y = y * known[name](x[..., i, :])
+    return y
+
+
+def normed(x, gamma, beta, norm_type, zero_centered_gamma, epsilon):
     assert gamma.dtype == x.dtype  # it has kernels for no other
     wide = x.astype(jnp.float32)
     if norm_type == "layernorm":

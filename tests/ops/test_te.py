@@ -36,7 +36,7 @@ from paxlike.ops import attention_kernels as kernels
 from paxlike.ops.fp8 import STATE, Fp8
 from paxlike.ops.scores import Scores
 from paxlike.ops.te import TransformerEngine
-from tests.ops import te_stand_in
+from tests.ops import te_kernels, te_stand_in
 
 try:
     importlib.import_module("transformer_engine.jax")
@@ -207,6 +207,54 @@ def test_on_a_mesh_it_is_told_the_axes(engine, sizes):
         }
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [{"data": 2, "fsdp": 2}, {"fsdp": 2, "tensor": 2}, {"data": 2, "pipeline": 2}],
+    ids=str,
+)
+def test_its_operations_are_divided_over_a_mesh(monkeypatch, sizes):
+    """Those of the real one, by their own rules, around kernels that are imitated."""
+    if MISSING:
+        pytest.skip(MISSING)
+    llama = "tensor" in sizes
+    net = net_of(TransformerEngine(fused=True), remat="SAVE_NOTHING", llama=llama)
+    norms = {
+        name: (RMSNorm if llama else LayerNorm)(te_kernels.EPSILON)
+        for name in ("mixer_norm", "ffn_norm")
+    }
+    (block,) = net.stack.period
+    pipeline = net.stack.pipeline.__class__(2)
+    net = net.clone(stack=net.stack.clone(pipeline=pipeline, period=(block.clone(**norms),)))
+    batch, params = tiny.batches(1)[0], meshes.init(net)
+    alone = meshes.loss_and_gradients(net, params, batch, {"data": 1})
+    te_kernels.install(monkeypatch)
+    found = meshes.loss_and_gradients(net, params, batch, sizes)
+    meshes.assert_same(found, alone, 1e-5)
+
+
+def test_its_operations_see_all_of_a_mesh_in_8_bits(monkeypatch):
+    """As above: what a step on four devices enters as seen is what one device sees."""
+    if MISSING:
+        pytest.skip(MISSING)
+    product = TransformerEngine("delayed", amax_history=4, fused=None)
+    net = net_of(product, remat="SAVE_NOTHING", llama=True)
+    (block,) = net.stack.period
+    norms = {name: RMSNorm(te_kernels.EPSILON) for name in ("mixer_norm", "ffn_norm")}
+    net = net.clone(stack=net.stack.clone(period=(block.clone(**norms),)))
+    options = {"net": net, "compiler_options": meshes.IN_HASTE}
+    te_kernels.install(monkeypatch)
+    alone, spread = tiny.Trainer(**options), tiny.Trainer((1, 2, 2), **options)
+    for batch in alone.data[:2]:
+        losses = [trainer.step(batch)["loss"].value() for trainer in (spread, alone)]
+        np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+    pairs = zip(*(jax.tree.leaves(dict(t.state.collections)[STATE]) for t in (spread, alone)))
+    for one, other in pairs:
+        assert (one[..., :2] > 0).all()
+        np.testing.assert_allclose(one[..., 1:], other[..., 1:], rtol=1e-3)
+        np.testing.assert_allclose(one[..., :2, 0], other[..., :2, 0], rtol=3e-2)
+        np.testing.assert_allclose(one[..., 2, 0], other[..., 2, 0], rtol=1 / 8)
+
+
 KEPT = "context,combined_qkv_proj,query_proj,key_proj,value_proj,ffn1,ffn1_gate"
 
 
@@ -350,14 +398,7 @@ def test_for_a_gpu_norms_and_activation_write_8_bits(monkeypatch):
     """The programs of the real one: neither what a norm nor what an activation gives is written wide."""
     if MISSING:
         pytest.skip(MISSING)
-    driver = importlib.import_module("transformer_engine_jax")
-    for name in ("norm_fwd", "norm_bwd", "dbias_quantize", "dact_dbias_quantize"):
-        sizes = lambda *_: (((1,), driver.DType.kByte),)
-        monkeypatch.setattr(driver, f"get_{name}_workspace_sizes", sizes)
-    monkeypatch.setattr(driver, "get_device_compute_capability", lambda number=0: 90)
-    gemm = sys.modules["transformer_engine.jax.cpp_extensions.gemm"]
-    monkeypatch.setattr(gemm, "get_device_compute_capability", lambda number=0: 90)
-    monkeypatch.setenv("NVTE_JAX_CUSTOM_CALLS", "true")
+    te_kernels.answer_for_the_driver(monkeypatch)
     product = TransformerEngine("delayed", amax_history=4, fused=True)
     (block,) = net_of(product, llama=True, dtype="bfloat16").stack.period
     norms = {name: RMSNorm(dtype="bfloat16") for name in ("mixer_norm", "ffn_norm")}
