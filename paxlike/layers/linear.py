@@ -107,7 +107,7 @@ class Linear(nn.Module):
         ):
             return quantized.frozen_product(x, stored, shape)
         kernel = gathered(stored.astype(self.dtype), self.axes).reshape(shape)
-        if self.dot_general_cls is None and x.ndim == kernel.ndim == 2:
+        if self.dot_general_cls is None and x.ndim == 2:
             return matmul(x, kernel)
         contraction = (((x.ndim - 1,), (0,)), ((), ()))
         dot_general = (

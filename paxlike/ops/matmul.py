@@ -12,7 +12,6 @@ from jaxtyping import Array, Float
 from paxlike.ops import platform
 
 _WEIGHT = (((1,), (0,)), ((), ()))  # x w
-_OTHER = (((1,), (1,)), ((), ()))  # dy w^T
 CPU_TRANSPOSED_BYTES = (
     12 << 20
 )  # of a result that is cheap to transpose: it is still in a CPU's cache
@@ -29,12 +28,10 @@ def contract_rows(
     return _contract_rows(a, b)
 
 
-def matmul(x: Float[Array, "n p"], w: Float[Array, "p q"]) -> Float[Array, "n q"]:
+def matmul(x: Float[Array, "n p"], w: Float[Array, "p *q"]) -> Float[Array, "n *q"]:
     """x w."""
-    # Only where `contract_rows` differs from what differentiation writes down.
-    if _transposed(*w.shape):
-        return _matmul(x, w)
-    return jax.lax.dot_general(x, w, _WEIGHT)
+    # What differentiation writes down for the gradient of w is the transpose of dy^T x. On a mesh of CPUs it stays so.
+    return _matmul(x, w) if platform.is_cpu() else jax.lax.dot_general(x, w, _WEIGHT)
 
 
 @jax.custom_vjp
@@ -43,12 +40,18 @@ def _matmul(x, w):
 
 
 def _forward(x, w):
-    return _matmul(x, w), (x, w)
+    # The product itself, not `_matmul`: inside of that a policy of rematerialisation would not see it.
+    return jax.lax.dot_general(x, w, _WEIGHT), (x, w)
 
 
 def _backward(residuals, dy):
     x, w = residuals
-    return jax.lax.dot_general(dy, w, _OTHER), contract_rows(x, dy).astype(w.dtype)
+    features = tuple(range(1, w.ndim))
+    dx = jax.lax.dot_general(dy, w, ((features, features), ((), ())))
+    if w.ndim == 2:
+        return dx, contract_rows(x, dy).astype(w.dtype)
+    # XLA has no bfloat16 product of this form with a float32 result for a CPU.
+    return dx, jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ()))).astype(w.dtype)
 
 
 _matmul.defvjp(_forward, _backward)

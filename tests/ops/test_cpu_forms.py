@@ -1,11 +1,13 @@
 """Forms that are chosen on a CPU only give the numbers of the plain ones, values and gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paxlike.ops import attention, cross_entropy, matmul, platform
+from paxlike.ops import attention, cross_entropy, matmul, platform, reference_attention
 
 
 @pytest.fixture
@@ -52,6 +54,20 @@ def test_matmul(dtype, elsewhere):
         np.testing.assert_allclose(
             np.float32(got), np.float32(want), rtol=tolerance, atol=tolerance
         )
+
+
+@pytest.mark.parametrize(
+    "product",
+    [matmul.matmul, functools.partial(reference_attention._wide_product, "np,pq->nq")],
+    ids=["weight", "scores"],
+)
+def test_policies_of_rematerialisation_see_the_products(product):
+    policy = jax.checkpoint_policies.dots_saveable
+    double = lambda x, w: jnp.sum(jnp.sin(product(jnp.sin(product(x, w)), w)))
+    products = lambda f: str(jax.make_jaxpr(jax.grad(f, (0, 1)))(_zeros(8, 24), _zeros(24, 24)))
+    count = lambda f: products(f).count("dot_general")
+    assert count(double) == count(jax.checkpoint(double, policy=policy)) == 6
+    assert count(jax.checkpoint(double)) > 6
 
 
 @pytest.mark.parametrize("kv_heads", [1, 4])

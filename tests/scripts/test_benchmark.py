@@ -1,8 +1,10 @@
 """The benchmark runs, writes what it says, and compares steps that do the same thing."""
 
 import json
+import re
 import subprocess
 import sys
+from collections import Counter
 
 import jax
 import numpy as np
@@ -26,6 +28,7 @@ def test_the_bare_step_is_the_step_of_paxlike(mesh_shape):
     for kind, (number, elements) in our_traffic.items():
         assert number <= bare_traffic[kind][0], kind
         assert elements == pytest.approx(bare_traffic[kind][1], rel=0.1), kind
+    assert _products(our_step) == _products(bare_step)  # none transposed
 
 
 def test_the_bare_step_is_the_same_scanned_with_remat():
@@ -80,6 +83,11 @@ def _run(module, mesh_shape, **options):
         plain = {k: getattr(v, "value", lambda v=v: v)() for k, v in metrics.items()}
         rows.append([float(plain[k]) for k in ("loss", "accuracy", "grad_norm", "param_norm")])
     return rows, step
+
+
+def _products(step):
+    """Shapes of the results of matrix products -> how many there are."""
+    return Counter(re.findall(r"= (\w+\[[\d,]*\])\S* dot\(", step.as_text()))
 
 
 def _traffic(step):
