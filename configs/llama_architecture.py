@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 import fiddle as fdl
 
+from configs.knobs import knobs
 from configs.transformer import TransformerKnobs
 from paxlike.layers.attention import Attention
 from paxlike.layers.block import Block
@@ -19,6 +20,17 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
+}
+# Knobs that only some rules of ROPE_SCALING read.
+_ROPE_RULES = {
+    "ROPE_SCALING_FACTOR": ("linear", "llama3", "yarn"),
+    "ROPE_LOW_FREQ_FACTOR": ("llama3",),
+    "ROPE_HIGH_FREQ_FACTOR": ("llama3",),
+    "ROPE_ORIGINAL_LEN": ("llama3", "yarn"),
+    "ROPE_BETA_FAST": ("yarn",),
+    "ROPE_BETA_SLOW": ("yarn",),
+    "ROPE_MSCALE": ("yarn",),
+    "ROPE_MSCALE_ALL_DIM": ("yarn",),
 }
 
 
@@ -159,6 +171,7 @@ class Llama(LlamaKnobs, abstract=True):
 
     def stretch(self) -> fdl.Config[RopeScaling] | None:
         """How wavelengths are stretched."""
+        self.check_stretch()
         yarn: dict[str, Any] = {
             "beta_fast": self.ROPE_BETA_FAST,
             "beta_slow": self.ROPE_BETA_SLOW,
@@ -176,6 +189,18 @@ class Llama(LlamaKnobs, abstract=True):
             original_length=self.ROPE_ORIGINAL_LEN,
             **(yarn if self.ROPE_SCALING == "yarn" else {}),
         )
+
+    def check_stretch(self) -> None:
+        """Refuses knobs of a rule that is not the one in force, where they differ from what the config has."""
+        rule = self.ROPE_SCALING
+        for knob in knobs(type(self)):
+            rules = _ROPE_RULES.get(knob.name)
+            if rules is None or rule in rules or getattr(self, knob.name) == knob.default:
+                continue
+            raise ValueError(
+                f"{knob.name}={getattr(self, knob.name)} has no effect with ROPE_SCALING={rule}: leave it out, or "
+                f"set ROPE_SCALING={' or '.join(rules)}"
+            )
 
     def kv_heads(self) -> int:
         """Key/value heads, checked."""

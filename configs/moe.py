@@ -9,6 +9,7 @@ from paxlike import parallel
 from paxlike.experiment import Experiment
 from paxlike.layers.moe import MoE, Router
 from paxlike.log.experts import WatchOptions
+from paxlike.ops.exchange import Exchange
 from paxlike.ops.routing import Choice
 
 
@@ -33,6 +34,14 @@ class MoEKnobs(TransformerKnobs, abstract=True):
     EXPERT_AXES: Annotated[
         tuple[str, ...], "mesh axes over which experts are spread, such as [expert] or [fsdp] (Pax)"
     ] = ("expert",)
+    MOE_EXCHANGE: Annotated[
+        Literal["gather", "all_to_all"],
+        "without capacity: all rows to all devices of EXPERT_AXES, or each to the devices that want it",
+    ] = "gather"
+    EXPERT_BUFFER_FACTOR: Annotated[
+        float | None,
+        "all_to_all: rows that a device has places for, over the mean; None: for all, so that none is dropped",
+    ] = None
     ROUTER: Annotated[
         Literal["tokens", "experts"], "who chooses; experts that do see later tokens"
     ] = "tokens"
@@ -98,6 +107,7 @@ class MoEKnobs(TransformerKnobs, abstract=True):
             use_bias=False,
             dispatch=self.MOE_DISPATCH,
             shared=shared,
+            exchange=fdl.Config(Exchange, self.MOE_EXCHANGE, self.EXPERT_BUFFER_FACTOR),
             router=fdl.Config(
                 Router,
                 choice=fdl.Config(Choice, **self._choice()),
@@ -138,6 +148,12 @@ class MoEKnobs(TransformerKnobs, abstract=True):
             self.tokens_of_group(),
             jitter=self.ROUTER_JITTER,
         ).check(self.NUM_EXPERTS)
+        Exchange(self.MOE_EXCHANGE, self.EXPERT_BUFFER_FACTOR).check()
+        if self.MOE_EXCHANGE != "gather" and self.EXPERT_CAPACITY_FACTOR is not None:
+            raise ValueError(
+                f"MOE_EXCHANGE={self.MOE_EXCHANGE} has no effect with EXPERT_CAPACITY_FACTOR="
+                f"{self.EXPERT_CAPACITY_FACTOR}: places are exchanged by an all-to-all; leave one of them out"
+            )
         if self.MOE_DISPATCH != "index" and self.EXPERT_CAPACITY_FACTOR is None:
             raise ValueError(
                 f"MOE_DISPATCH='{self.MOE_DISPATCH}' has no effect without EXPERT_CAPACITY_FACTOR: tokens are sorted"

@@ -27,6 +27,7 @@ from paxlike.layers.remat import EXPERT_ROWS
 from paxlike.layers.sequence import Sequence
 from paxlike.ops import dispatch, routing
 from paxlike.ops.attention import is_plain
+from paxlike.ops.exchange import Exchange
 from paxlike.ops.sown import LOSSES, SUMMARIES, UPDATES
 
 DISPATCHES = ("index", "einsum", "sort")
@@ -86,6 +87,7 @@ class MoE(Projecting):
       dispatch: how tokens get to experts that have a capacity: `index` gathers rows by number, `einsum` multiplies with
         one-hot tensors (GShard's, the reference), `sort` sorts, as all do without capacity. The same numbers.
       shared: a feed-forward layer for all tokens (DeepSeek), None for none.
+      exchange: how sorted rows get to experts on other devices.
     """
 
     num_experts: int
@@ -96,6 +98,7 @@ class MoE(Projecting):
     dropout: float = 0.0
     dispatch: str = "index"
     shared: nn.Module | None = None
+    exchange: Exchange = Exchange()
 
     @nn.compact
     def __call__(self, x: Float[Array, "b s d"], sequence: Sequence) -> Float[Array, "b s d"]:
@@ -120,6 +123,7 @@ class MoE(Projecting):
 
     def _check(self) -> None:
         self.router.check(self.num_experts)
+        self.exchange.check()
         if self.activation not in ACTIVATIONS:
             raise ValueError(
                 f"ACTIVATION='{self.activation}' is none of {', '.join(sorted(ACTIVATIONS))}"
@@ -196,7 +200,10 @@ class MoE(Projecting):
         if drops:
             places = routing.capacity(group.size, self.num_experts, router.capacity_factor)
             kept = routing.positions(chosen.experts, self.num_experts) < places
-        if sequence.train:
+        exchange = Exchange(self.exchange.kind) if sequence.cache_length else self.exchange
+        # What finds no place in a buffer is known only when rows have been sent.
+        sow_later = places is None and exchange.buffer_factor is not None
+        if sequence.train and not sow_later:
             self._sow(logits, chosen, kept)
         if places is not None and self.dispatch == "einsum":
             xs, combine = dispatch.by_onehot(group.split(x), chosen, places)
@@ -211,14 +218,18 @@ class MoE(Projecting):
                 experts=jnp.where(kept, chosen.experts, e),
                 gates=jnp.where(kept, chosen.gates, 0.0),
             )
-        return dispatch.by_sorting(
+        y, fits = dispatch.by_sorting(
             x.astype(self.dtype),
             group.join(chosen.experts),
             group.join(chosen.gates),
             {name: expert.matrices() for name, expert in experts.items()},
             self._of_matrices,
             num_experts=self.num_experts,
+            exchange=exchange,
         )
+        if sequence.train and sow_later:
+            self._sow(logits, chosen, None if fits is None else group.split(fits))
+        return y
 
     def _by_experts(self, x, valid, logits, experts, sequence: Sequence):
         """Experts choose."""

@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from paxlike import compat, parallel
 from paxlike.ops import platform, routing
 from paxlike.ops.attention import is_plain
+from paxlike.ops.exchange import Exchange, elsewhere, fitting
 from paxlike.ops.grouped import fetch
 
 Combine = Callable[[jax.Array], jax.Array]
@@ -140,18 +141,22 @@ def by_sorting(
     compute: Callable[..., jax.Array],
     *,
     num_experts: int,
-) -> Float[Array, "b l d"]:
+    exchange: Exchange | None = None,
+) -> tuple[Float[Array, "b l d"], Bool[Array, "b l k"] | None]:
     """Tokens sorted by expert, `compute(rows, sizes, matrices, reference)`, and the sum of what each token gets.
 
     On a mesh every device sorts its own tokens. Where experts are spread over an axis, the devices along it gather each
     other's tokens, compute what their own experts have to say, and reduce and scatter the sums: nothing is dropped,
-    whoever the tokens choose.
+    whoever the tokens choose. Or, as `exchange` says, they send each row to the device of its expert and get it back.
+
+    Returns:
+      The sums, and which choices had a place in the buffers of the devices (None: all).
     """
     if is_plain():
-        return _sorted(x, experts, gates, matrices, compute, num_experts, reference=True)
+        return _sorted(x, experts, gates, matrices, compute, num_experts, reference=True), None
     sizes = compat.current_mesh_shape()
     if math.prod(sizes.values()) <= 1:
-        return _sorted(x, experts, gates, matrices, compute, num_experts)
+        return _sorted(x, experts, gates, matrices, compute, num_experts), None
     over, tensor = parallel.expert_axes(), parallel.mesh_axes("mlp")
     rows, length = parallel.mesh_axes("batch"), parallel.mesh_axes("length")
     if x.shape[0] % math.prod(sizes[a] for a in rows):
@@ -159,17 +164,23 @@ def by_sorting(
     if x.shape[1] % math.prod(sizes[a] for a in length):
         length = ()
     tokens = P(rows or None, length or None, None)
-    local = functools.partial(
-        _on_device, compute=compute, num_experts=num_experts, over=over, rows=rows, tensor=tensor
-    )
+    keywords = {"compute": compute, "num_experts": num_experts, "over": over, "tensor": tensor}
+    # Tokens that are the same on all devices of the experts need not travel.
+    if exchange is not None and exchange.kind == "all_to_all" and over and set(over) <= set(rows):
+        local = functools.partial(_on_device_exchanging, exchange=exchange, **keywords)
+        bounded = exchange.buffer_factor is not None
+    else:
+        local = functools.partial(_on_device, rows=rows, **keywords)
+        bounded = False
     specs = {name: _specs(m, name, over, tensor) for name, m in matrices.items()}
-    return jax.shard_map(
+    found = jax.shard_map(
         local,
         in_specs=(tokens, tokens, tokens, specs),
-        out_specs=tokens,
+        out_specs=(tokens, tokens) if bounded else tokens,
         axis_names=set(sizes),
         check_vma=False,
     )(x, experts, gates, dict(matrices))
+    return found if bounded else (found, None)
 
 
 def _specs(matrices, name: str, over, tensor):
@@ -205,6 +216,24 @@ def _on_device(x, experts, gates, matrices, *, compute, num_experts, over, rows,
     if shared:
         wide = jax.lax.psum_scatter(wide, shared, scatter_dimension=0, tiled=True)
     return wide.astype(y.dtype)
+
+
+def _on_device_exchanging(
+    x, experts, gates, matrices, *, compute, num_experts, over, tensor, exchange
+):
+    """The same where each row goes to the device of its expert, and comes back."""
+    (b, length, _), k = x.shape, experts.shape[-1]
+    num_devices = math.prod(jax.lax.axis_size(axis) for axis in over)
+    places, kept = exchange.places(b * length, k, num_experts, num_devices), None
+    if exchange.buffer_factor is not None:
+        kept = fitting(experts, num_experts=num_experts, axes=over, places=places)
+        experts, gates = jnp.where(kept, experts, num_experts), jnp.where(kept, gates, 0.0)
+    compute = elsewhere(compute, axes=over, places=places)
+    y = _sorted(x, experts, gates, matrices, compute, num_experts)
+    if tensor:
+        wide = y.astype(jnp.float32) if platform.is_cpu() else y
+        y = jax.lax.psum(wide, tensor).astype(y.dtype)
+    return y if kept is None else (y, kept)
 
 
 def _sorted(x, experts, gates, matrices, compute, num_experts: int, *, reference: bool = False):

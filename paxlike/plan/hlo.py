@@ -184,6 +184,10 @@ class Module:
             groups = replica_groups(instruction.attributes, self.num_devices)
         size = len(groups[0]) if groups else 1
         operand = sum(shape.bytes for shape in shapes)
+        if opcode == "ragged-all-to-all":
+            # What is sent, what it is written into, and four lists of numbers; sizes are known at run time alone. The
+            # smaller of the two is what devices send if all rows of it are real: a buffer has places to spare.
+            operand = min(shape.bytes for shape in shapes[:2])
         return Collective(
             instruction.name,
             opcode,
@@ -207,7 +211,7 @@ class Collective:
 
     Attributes:
       bytes: of the whole array that a group gathers, reduces, scatters or exchanges, as one device sees it: an
-        all-gather's result, the input of all others.
+        all-gather's result, the input of all others (of a ragged exchange: the most that it can be).
       groups: positions of the devices that work together, in the order of the mesh; for a permute (from, to).
       is_async: it ends at a `done` of its own, and other operations may run until then.
     """

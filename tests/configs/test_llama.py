@@ -84,6 +84,21 @@ def test_periods():
             "NUM_LAYERS=5 leaves 1 over of periods of 2 blocks",
         ),
         ("LLaMA7B", {"HIDDEN_DIMS": 0}, "HIDDEN_DIMS=0 must be at least 1"),
+        (
+            "LLaMA3_1_8B",
+            {"ROPE_MSCALE": 0.7, "ROPE_MSCALE_ALL_DIM": 0.7},
+            "ROPE_MSCALE=0.7 has no effect with ROPE_SCALING=llama3: leave it out, or set ROPE_SCALING=yarn$",
+        ),
+        (
+            "Gemma3_12B",
+            {"ROPE_ORIGINAL_LEN": 16},
+            "ROPE_ORIGINAL_LEN=16 has no effect with ROPE_SCALING=linear: .* set ROPE_SCALING=llama3 or yarn$",
+        ),
+        (
+            "LLaMA7B",
+            {"ROPE_SCALING_FACTOR": 2.0},
+            "FACTOR=2.0 has no effect with ROPE_SCALING=None",
+        ),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_before_anything_is_made(name, changes, message):

@@ -1,18 +1,24 @@
 """Configs with experts: published sizes, Pax's numbers, golden trees, wrong knobs."""
 
 import pathlib
+import re
 
 import fiddle as fdl
+import jax
+import jax.numpy as jnp
 import pytest
 
 from configs import deepseek, flags, glam, mixtral
+from paxlike.log.flops import matmul_flops
+from paxlike.ops import attention
 from paxlike.ops.routing import capacity
 from paxlike.train.state import num_parameters
 from tests.configs.golden_files import compare, tree_of_parameters, variables
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 ONE = {"ICI_MESH_SHAPE": (1, 1, 1), "DCN_MESH_SHAPE": (1, 1, 1)}
-# Of GLaM: Pax's, 1.922 B and 1.143 T; of the others as published, counted from the shapes.
+# Of GLaM: Pax's, 1.922 B and 1.143 T; of the others as published, counted in Hugging Face's classes of the published
+# `config.json` (DeepSeek-V3: without multi-token prediction, and with 58 x 256 biases that are no parameters there).
 SIZES = {
     "PileGLaM126M64E": 1_921_670_400,
     "PileGLaM64B64E": 1_142_891_356_160,
@@ -20,16 +26,44 @@ SIZES = {
     "Mixtral8x22B": 140_620_634_112,
     "Qwen3_30B_A3B": 30_532_122_624,
     "Qwen3_235B_A22B": 235_093_634_560,
+    "DeepSeekV2Lite": 15_706_484_224,
+    "DeepSeekV3": 671_026_404_352 + 58 * 256,
+}
+# Of a token: without the experts that it does not go to.
+ACTIVE = {
+    "Mixtral8x7B": 12_879_925_248,
+    "Qwen3_30B_A3B": 3_353_032_704,
+    "DeepSeekV2Lite": 2_661_150_208,
+    "DeepSeekV3": 37_552_297_472,
 }
 
 
 def config(name, **changes):
-    return getattr(glam if "GLaM" in name else mixtral, name)(**changes)
+    room = next((m for m in (glam, deepseek) if hasattr(m, name)), mixtral)
+    return getattr(room, name)(**changes)
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_parameter_counts_are_exact(name):
     assert num_parameters(variables(config(name))["params"]) == SIZES[name]
+
+
+@pytest.mark.parametrize("name", ACTIVE)
+def test_flops_are_those_of_the_parameters_of_a_token(name):
+    found, model = variables(config(name)), fdl.build(config(name).experiment()).model
+
+    def flops(length):
+        def forward(variables):
+            with attention.plain():
+                return model.apply(variables, jnp.zeros((1, length), jnp.int32)).logits()
+
+        return matmul_flops(forward, found)
+
+    leaves = jax.tree_util.tree_leaves_with_path(found["params"])
+    name_of = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+    others = [leaf for path, leaf in leaves if not re.search("kernel|head/table", name_of(path))]
+    # 2 FLOPs a parameter and token; scores grow with the square of the length.
+    assert (4 * flops(1) - flops(2)) / 4 + num_parameters(others) == ACTIVE[name]
 
 
 @pytest.mark.parametrize("name", ["PileGLaM126M64E", "PileGLaM64B64E", "Mixtral8x7B"])
@@ -92,6 +126,21 @@ def test_the_others_differ_in_data_alone(name):
         ("Mixtral8x7B", {"EXPERT_GROUPS": 3}, "NUM_EXPERTS=8 is not a multiple of EXPERT_GROUPS=3"),
         ("Mixtral8x7B", {"MOE_DISPATCH": "einsum"}, "no effect without EXPERT_CAPACITY_FACTOR"),
         ("Mixtral8x7B", {"ROUTER": "experts"}, "need an EXPERT_CAPACITY_FACTOR"),
+        (
+            "PileGLaM126M64E",
+            {"MOE_EXCHANGE": "all_to_all"},
+            "has no effect with EXPERT_CAPACITY_FA",
+        ),
+        (
+            "Mixtral8x7B",
+            {"EXPERT_BUFFER_FACTOR": 1.5},
+            "EXPERT_BUFFER_FACTOR=1.5 has no effect with MOE_EXCHANGE=gather: set MOE_EXCHANGE=all_to",
+        ),
+        (
+            "Mixtral8x7B",
+            {"EXPERT_BUFFER_FACTOR": 0.9, "MOE_EXCHANGE": "all_to_all"},
+            "EXPERT_BUFFER_FACTOR=0.9 must be at least 1: less than the mean would be dropped",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(name, changes, message):

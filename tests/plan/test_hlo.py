@@ -57,6 +57,22 @@ def test_what_a_ring_sends():
     }
 
 
+def test_a_ragged_exchange_counts_its_rows_once():
+    module = hlo.parse("""HloModule m, num_partitions=4
+ENTRY %main (rows: f32[18,4], room: f32[48,4], n: s64[4]) -> f32[48,4] {
+  %rows = f32[18,4]{1,0} parameter(0)
+  %room = f32[48,4]{1,0} parameter(1)
+  %n = s64[4]{0} parameter(2)
+  %start = ((f32[18,4]{1,0}, f32[48,4]{1,0}, s64[4]{0}, s64[4]{0}, s64[4]{0}, /*index=5*/s64[4]{0}), f32[48,4]{1,0}) \
+ragged-all-to-all-start(%rows, %room, %n, %n, %n, /*index=5*/%n), channel_id=1, replica_groups={{0,1,2,3}}
+  ROOT %done = f32[48,4]{1,0} ragged-all-to-all-done(%start)
+}
+""")
+    ((found, times),) = module.collectives()
+    assert (found.kind, found.bytes, times) == ("ragged-all-to-all", 18 * 4 * 4, 1)
+    assert found.sent_bytes == 18 * 4 * 4 * 3 // 4
+
+
 @pytest.mark.parametrize(
     ("text", "groups"),
     [

@@ -1,11 +1,12 @@
 """Hugging Face -> paxlike -> Hugging Face: every bit, on any mesh; and against an independent reading."""
 
+import fiddle as fdl
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from paxlike.checkpoint import arrays
-from paxlike.weights import export_params, import_params
+from paxlike.weights import export_params, import_params, open_folder
 from tests.weights import models
 
 pytest.importorskip("transformers")
@@ -58,6 +59,21 @@ def test_there_and_back_is_the_same_bit_for_bit(saved, tmp_path, name, dtype):
     tokens = torch.arange(12).reshape(2, 6)
     with torch.no_grad():
         assert torch.equal(load(folder)(tokens).logits, again(tokens).logits)
+
+
+def test_layers_behind_the_last_whole_period_go_back_bit_for_bit(tmp_path):
+    from tests.parity import families
+
+    small = families.config("gemma3", NUM_LAYERS=5)  # a period of three, and two layers
+    families.reference(small, seed=2).save_pretrained(tmp_path / "in")
+    _, params, _ = families.load(tmp_path / "in", small, (1, 2, 2))
+    assert set(params["tail"]) == {"period_0", "period_1"}
+    export_params(params, tmp_path / "out", fdl.build(small.experiment().weights))
+    before, after = (open_folder(tmp_path / side).tensors for side in ("in", "out"))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        whole = tuple(slice(0, n) for n in tensor.shape)
+        assert np.array_equal(tensor.read(whole), after[name].read(whole)), name
 
 
 @pytest.mark.parametrize("mesh", [(2, 2), (4, 1), (1, 2)])
