@@ -38,6 +38,10 @@ class Fp8Knobs(Knobs, abstract=True):
     USE_TE: Annotated[
         bool, "Transformer Engine multiplies by the weights of FP8_LAYERS, with USE_FP8 in FP8"
     ] = False
+    TE_FUSED: Annotated[
+        bool | None,
+        "USE_TE: norms are part of the products behind them; None: with USE_FP8, where that can be",
+    ] = None
 
     def experiment(self) -> fdl.Config[Experiment]:
         """The tree whose chosen layers multiply in FP8, where that is asked for."""
@@ -57,6 +61,7 @@ class Fp8Knobs(Knobs, abstract=True):
             ("FP8_MARGIN", self.USE_FP8, "USE_FP8=False"),
             ("FP8_AMAX_HISTORY", self.FP8_RECIPE == "delayed", recipe),
             ("FP8_MARGIN", self.FP8_RECIPE == "delayed" or not self.USE_TE, recipe + own_or),
+            ("TE_FUSED", self.USE_TE, "USE_TE=False"),
         ):
             value = getattr(self, name)
             if not reads and value != default[name]:
@@ -103,7 +108,10 @@ def product(knobs: Fp8Knobs) -> fdl.Config[Any]:
     """How one weight is multiplied."""
     options: dict[str, Any] = {"recipe": knobs.FP8_RECIPE} if knobs.USE_FP8 else {}
     options |= {"amax_history": knobs.FP8_AMAX_HISTORY, "margin": knobs.FP8_MARGIN}
-    return fdl.Config(TransformerEngine if knobs.USE_TE else Fp8, **options)
+    if not knobs.USE_TE:
+        return fdl.Config(Fp8, **options)
+    fused = False if knobs.TE_FUSED is None and not knobs.USE_FP8 else knobs.TE_FUSED
+    return fdl.Config(TransformerEngine, **options, fused=fused)
 
 
 def _is_chosen(path: str, knobs: Fp8Knobs) -> bool:

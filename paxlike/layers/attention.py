@@ -15,9 +15,10 @@ from jaxtyping import Array, Float
 
 from paxlike import parallel
 from paxlike.layers.dropout import Dropout
-from paxlike.layers.projection import Projecting
+from paxlike.layers.projection import Projecting, whole
 from paxlike.layers.sequence import Sequence
 from paxlike.ops import attention as ops
+from paxlike.ops import te_fused
 from paxlike.ops.attention_kernels import FUSED
 from paxlike.ops.biased_attention import biased_attention
 from paxlike.ops.context_attention import context_attention
@@ -63,8 +64,11 @@ class Attention(Projecting):
     implementation: str = "auto"
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b s d"], sequence: Sequence) -> Float[Array, "b s d"]:
-        q, k, v = self._project(x, sequence)
+    def __call__(
+        self, x: Float[Array, "b s d"], sequence: Sequence, norm: te_fused.Norm | None = None
+    ) -> Float[Array, "b s d"]:
+        """Of x, or of norm(x) where one is given."""
+        q, k, v = self._project(x, sequence, norm)
         if self.query_norm is not None:
             q = self.query_norm(q)
         if self.key_norm is not None:
@@ -92,26 +96,57 @@ class Attention(Projecting):
         """What the output projection reads."""
         return context
 
-    def _project(self, x, sequence: Sequence):
+    def behind_norm(self) -> tuple[str, ...]:
+        """The projections to queries, keys and values."""
+        if self._is_combined:
+            return ("qkv",)
+        groups = self.num_kv_heads or self.num_heads
+        return () if groups % parallel.num_shards("kv_heads") else ("query", "key", "value")
+
+    @property
+    def _is_combined(self) -> bool:
+        return self.combine_qkv and (self.num_kv_heads or self.num_heads) == self.num_heads
+
+    def _project(self, x, sequence: Sequence, norm: te_fused.Norm | None):
         h, g, size = self.num_heads, self.num_kv_heads or self.num_heads, self.head_dim
         if h % g:
             raise ValueError(f"NUM_HEADS={h} is not a multiple of NUM_KV_HEADS={g}")
-        if self.combine_qkv and g == h:
-            qkv = self.projection("qkv", (3, h, size), ("embed", None, "heads", "head_dim"))(x)
+        if self._is_combined:
+            axes = ("embed", None, "heads", "head_dim")
+            if norm is None:
+                qkv = self.projection("qkv", (3, h, size), axes)(x)
+            else:
+                weight = whole(self.weight("qkv", x.shape[-1], (3, h, size), axes), axes)
+                qkv = te_fused.product(x, norm, weight)
             qkv = parallel.shard(qkv, "batch", "length", None, "act_heads", None)
             qkv = checkpoint_name(qkv, "combined_qkv_proj")
             return qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        made = ("query", h, "heads"), ("key", g, "kv_heads"), ("value", g, "kv_heads")
+        if norm is not None:
+            parts = self._project_at_once(x, norm, made)
+            return tuple(_named(y, name) for y, (name, _, _) in zip(parts, made, strict=True))
 
         def project(name, heads, axis):
-            y = self.projection(name, (heads, size), ("embed", axis, "head_dim"))(x)
-            y = parallel.shard(y, "batch", "length", "act_heads", None)
-            return checkpoint_name(y, f"{name}_proj")
+            return _named(
+                self.projection(name, (heads, size), ("embed", axis, "head_dim"))(x), name
+            )
 
-        return (
-            project("query", h, "heads"),
-            project("key", g, "kv_heads"),
-            project("value", g, "kv_heads"),
-        )
+        return tuple(project(*each) for each in made)
+
+    def _project_at_once(self, x, norm: te_fused.Norm, made):
+        """Queries, keys and values as one product, the heads of each group beside one another: so they are spread."""
+        g, size, width = self.num_kv_heads or self.num_heads, self.head_dim, x.shape[-1]
+        weights = [
+            self.weight(name, width, (heads, size), ("embed", axis, "head_dim")).reshape(
+                g, heads // g, size
+            )
+            for name, heads, axis in made
+        ]
+        weight = whole(te_fused.join(weights, 1), ("embed", "kv_heads", None, "head_dim"))
+        y = te_fused.product(x, norm, weight)
+        y = parallel.shard(y, "batch", "length", "act_heads", None, None)
+        q, k, v = y[..., :-2, :], y[..., -2, :], y[..., -1, :]
+        return q.reshape(*q.shape[:2], self.num_heads, size), k, v
 
     def _attend_rows(self, q, k, v, sequence: Sequence):
         """Attention of whole rows, wherever their tokens are."""
@@ -207,6 +242,11 @@ class Attention(Projecting):
         return self._attend(
             q, k, v, causal=True, offset=sequence.offset, implementation="reference"
         )
+
+
+def _named(y: jax.Array, name: str) -> jax.Array:
+    y = parallel.shard(y, "batch", "length", "act_heads", None)
+    return checkpoint_name(y, f"{name}_proj")
 
 
 def _write(cache: jax.Array, new: jax.Array, sequence: Sequence) -> jax.Array:

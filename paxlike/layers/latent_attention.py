@@ -36,7 +36,11 @@ class LatentAttention(Attention):
     query_latent_norm: nn.Module | None = None
     key_latent_norm: nn.Module | None = None
 
-    def _project(self, x, sequence: Sequence):
+    def behind_norm(self) -> tuple[str, ...]:
+        """None: its first products make narrow vectors, which have norms of their own."""
+        return ()
+
+    def _project(self, x, sequence: Sequence, norm=None):
         h, size, r = self.num_heads, self.head_dim, self.rope_dim
         plain = size - r
         if self.value_dim > size or plain < 1:

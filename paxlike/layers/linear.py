@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from paxlike import parallel
 from paxlike.layers import lora
-from paxlike.ops import platform, quantized
+from paxlike.ops import platform, quantized, te, te_fused
 from paxlike.ops.matmul import matmul
 
 Initializer = Callable[..., jax.Array]
@@ -70,12 +70,15 @@ class Linear(nn.Module):
             )(x, y, stored)
         y = y.reshape(*lead, *features)
         if self.use_bias:
-            # Too small to be worth gathering: a bias over the width is whole on every device.
-            names = tuple("norm" if name == "embed" else name for name in self.axes[num_inputs:])
-            bias_init = nn.with_logical_partitioning(nn.initializers.zeros, names)
-            bias = self.param("bias", bias_init, features, jnp.float32).astype(self.dtype)
-            y = y + bias.reshape((1,) * len(lead) + features)
+            y = y + self._bias(features).reshape((1,) * len(lead) + features)
         return y
+
+    def _bias(self, features: tuple[int, ...]) -> jax.Array:
+        # Too small to be worth gathering: a bias over the width is whole on every device.
+        names = self.axes[len(self.axes) - len(features) :]
+        names = tuple("norm" if name == "embed" else name for name in names)
+        bias_init = nn.with_logical_partitioning(nn.initializers.zeros, names)
+        return self.param("bias", bias_init, features, jnp.float32).astype(self.dtype)
 
     def _stored(self, inputs: tuple[int, ...], features: tuple[int, ...]) -> quantized.Stored:
         """The kernel: float32, or as the adapter keeps it."""
@@ -103,7 +106,7 @@ class Linear(nn.Module):
             and self._differs(stored, shape)
         ):
             return quantized.frozen_product(x, stored, shape)
-        kernel = self._gathered(stored.astype(self.dtype)).reshape(shape)
+        kernel = gathered(stored.astype(self.dtype), self.axes).reshape(shape)
         if self.dot_general_cls is None and x.ndim == 2:
             return matmul(x, kernel)
         contraction = (((x.ndim - 1,), (0,)), ((), ()))
@@ -118,18 +121,31 @@ class Linear(nn.Module):
             return True
         return stored.shape != shape or stored.dtype != jnp.dtype(self.dtype)
 
-    def _gathered(self, kernel: jax.Array) -> jax.Array:
-        """The kernel whole along the width, in the compute dtype: gathered over fsdp once for both passes.
 
-        Left to itself the compiler gathers it again in the backward pass, as a form of its own.
-        """
-        if parallel.num_shards("embed") == 1:
-            return kernel
-        if platform.is_cpu():
-            # Else the part of a stack is gathered, and copied when its dimension of layers goes.
-            kernel = parallel.shard(kernel, *self.axes)
-        names = (None if name == "embed" else name for name in self.axes)
-        return parallel.shard(kernel, *names)
+class Parameters(Linear):
+    """What a `Linear` holds, its kernel not gathered, for an operation that multiplies by several, or by more."""
+
+    @nn.compact
+    def __call__(self, inputs: tuple[int, ...]) -> te_fused.Weight:
+        features = (self.features,) if isinstance(self.features, int) else tuple(self.features)
+        kernel = self._stored(inputs, features).astype(self.dtype)
+        kernel = kernel.reshape(math.prod(inputs), *features)
+        peaks = te.State(self.dot_general_cls, name="fp8")(kernel.shape)
+        bias = self._bias(features) if self.use_bias else None
+        return te_fused.Weight(kernel, bias, peaks, self.dot_general_cls)
+
+
+def gathered(kernel: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """The kernel whole along the width, in the compute dtype: gathered over fsdp once for both passes.
+
+    Left to itself the compiler gathers it again in the backward pass, as a form of its own.
+    """
+    if parallel.num_shards("embed") == 1:
+        return kernel
+    if platform.is_cpu():
+        # Else the part of a stack is gathered, and copied when its dimension of layers goes.
+        kernel = parallel.shard(kernel, *axes)
+    return parallel.shard(kernel, *(None if name == "embed" else name for name in axes))
 
 
 def _may_flatten() -> bool:

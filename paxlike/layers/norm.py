@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from paxlike.ops.te_fused import Norm
+
 
 class LayerNorm(nn.Module):
     """(x - mean) / sqrt(var + epsilon) * (1 + scale) + bias.
@@ -21,16 +23,22 @@ class LayerNorm(nn.Module):
     use_bias: bool = True
     dtype: str = "float32"
 
-    @nn.compact
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-        scale = _vector(self, "scale", nn.initializers.zeros, x)
+        norm = self.parts(x)
         wide = x.astype(jnp.float32)
         mean = jnp.mean(wide, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(wide - mean), axis=-1, keepdims=True)
-        y = (wide - mean) * jax.lax.rsqrt(variance + self.epsilon) * (1.0 + scale)
-        if self.use_bias:
-            y = y + _vector(self, "bias", nn.initializers.zeros, x)
+        y = (wide - mean) * jax.lax.rsqrt(variance + self.epsilon) * (1.0 + norm.gain)
+        if norm.bias is not None:
+            y = y + norm.bias
         return y.astype(self.dtype)
+
+    @nn.compact
+    def parts(self, x: Float[Array, "... d"]) -> Norm:
+        """The parameters, of as many dimensions as `x`."""
+        gain = _vector(self, "scale", nn.initializers.zeros, x)
+        bias = _vector(self, "bias", nn.initializers.zeros, x) if self.use_bias else None
+        return Norm(gain, bias, "layernorm", True, self.epsilon)
 
 
 class RMSNorm(nn.Module):
@@ -44,10 +52,8 @@ class RMSNorm(nn.Module):
     zero_centered: bool = False
     dtype: str = "float32"
 
-    @nn.compact
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-        init = nn.initializers.zeros if self.zero_centered else nn.initializers.ones
-        scale = _vector(self, "scale", init, x) + (1.0 if self.zero_centered else 0.0)
+        scale = self.parts(x).gain + (1.0 if self.zero_centered else 0.0)
         wide = x.astype(jnp.float32)
         y = (
             wide
@@ -55,6 +61,13 @@ class RMSNorm(nn.Module):
             * scale
         )
         return y.astype(self.dtype)
+
+    @nn.compact
+    def parts(self, x: Float[Array, "... d"]) -> Norm:
+        """The parameters, of as many dimensions as `x`."""
+        init = nn.initializers.zeros if self.zero_centered else nn.initializers.ones
+        gain = _vector(self, "scale", init, x)
+        return Norm(gain, None, "rmsnorm", self.zero_centered, self.epsilon)
 
 
 def _vector(module: nn.Module, name: str, init, x) -> jax.Array:

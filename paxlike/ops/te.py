@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from paxlike import compat
+from paxlike import compat, parallel
 from paxlike.ops import fp8, platform
 from paxlike.ops.attention import is_plain
 from paxlike.ops.scores import Scores
@@ -33,7 +33,9 @@ RECIPES = {
 }
 _AXES = {"data": "dp", "fsdp": "fsdp", "tensor": "tp", "pipeline": "pp", "context": "cp"}
 _AXES |= {"expert": "ep"}
+NAMES = ("batch", "length", "act_embed", "act_mlp")  # logical axes that it may be told
 _MULTIPLES = {"mxfp8": 32}  # of the sides of a matrix; 16 in the others
+_lasting = contextlib.ExitStack()
 _WITHOUT = "set USE_TE=False, or install it (the Dockerfile does; scripts/build_te_cpu.sh where there is no GPU)"
 
 
@@ -44,6 +46,8 @@ class TransformerEngine:
     Attributes:
       recipe: one of `RECIPES`; None multiplies in the compute dtype.
       amax_history, margin: as in `ops.fp8.Fp8`, of the delayed recipe.
+      fused: norms in front of these products are part of them (`ops.te_fused`): None where that can be, True says
+        where it cannot, False nowhere.
 
     Raises:
       ValueError: it is not installed, or cannot be imported.
@@ -52,6 +56,7 @@ class TransformerEngine:
     recipe: str | None = None
     amax_history: int = 1024
     margin: int = 0
+    fused: bool | None = False
 
     def __post_init__(self):
         if self.recipe not in (None, *RECIPES):
@@ -83,13 +88,7 @@ class DotGeneral(nn.Module):
           ValueError: a size that the recipe does not take, or a recipe that the device does not have.
         """
         te = self.te
-        if te.recipe is not None:
-            multiple = _MULTIPLES.get(te.recipe, fp8.MULTIPLE)
-            fp8.check_sizes("/".join(self.path[:-1]), kernel.shape, multiple)
-            check_recipe(te.recipe)
-        peaks = None
-        if te.recipe == "delayed":
-            peaks = fp8.peaks(fp8.history(self, te.amax_history))
+        peaks = _state(self, te, kernel.shape)
         if is_plain():  # FLOPs are counted on products that can be seen
             return jax.lax.dot_general(x, kernel, dimension_numbers)
         if platform.is_nvidia() and not platform.is_here():
@@ -100,7 +99,25 @@ class DotGeneral(nn.Module):
         return product(x, kernel, peaks, te.recipe, te.margin)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+class State(nn.Module):
+    """What `DotGeneral` holds of a weight, where something else multiplies by it."""
+
+    te: TransformerEngine
+
+    @nn.compact
+    def __call__(self, shape: tuple[int, ...]) -> Float[Array, "3"] | None:
+        """The peaks of the weight of this shape, inputs flat, with the delayed recipe; errors as in `DotGeneral`."""
+        return _state(self, self.te, shape)
+
+
+def _state(module: nn.Module, te: TransformerEngine, shape: tuple[int, ...]):
+    if te.recipe is not None:
+        multiple = _MULTIPLES.get(te.recipe, fp8.MULTIPLE)
+        fp8.check_sizes("/".join(module.path[:-1]), shape, multiple)
+        check_recipe(te.recipe)
+    return fp8.peaks(fp8.history(module, te.amax_history)) if te.recipe == "delayed" else None
+
+
 def product(
     x: Float[Array, "..."],
     w: Float[Array, "..."],
@@ -109,40 +126,79 @@ def product(
     margin: int = 0,
 ) -> Float[Array, "..."]:
     """`x` (*rows, p) times `w` (p, *features); `peaks` as in `ops.fp8.product`."""
-    return _forward(x, w, peaks, recipe, margin)[0]
+    peaks = None if peaks is None else peaks[None]
+    return run(Operation(_dense), (x, w), peaks, recipe, margin)
 
 
-def _forward(x, w, peaks, recipe, margin):
-    def dense(x, w, scales, histories):
-        options = {"contracting_dims": ((x.ndim - 1,), (0,))}
+def _dense(arrays, sets):
+    x, w = arrays
+    options = {} if sets is None else {"quantizer_set": sets[0]}
+    return engine().jax.dense.dense(x, w, contracting_dims=((x.ndim - 1,), (0,)), **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """Something that Transformer Engine does with weights.
+
+    Attributes:
+      call: called with the arrays, and a quantiser set for each weight or None.
+      gradients: to each quantiser set, the weight whose output's gradient it is used for.
+    """
+
+    call: Callable[..., jax.Array]
+    gradients: tuple[int, ...] = (0,)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
+def run(operation: Operation, arrays: Any, peaks: Any, recipe: str | None, margin: int = 0) -> Any:
+    """What `operation` makes of `arrays`.
+
+    `peaks`, (weights, 3) with the delayed recipe, are as in `ops.fp8.product`, for each weight.
+    """
+    return _forward(operation, arrays, peaks, recipe, margin)[0]
+
+
+def _forward(operation, arrays, peaks, recipe, margin):
+    def call(arrays, scales, histories):
+        sets = None
         if recipe is not None:
-            options["quantizer_set"] = _quantizers(recipe, margin, scales, histories)
-        return engine().jax.dense.dense(x, w, **options)
+            sets = tuple(
+                _quantizers(recipe, margin, *(_of_set(part, i, j) for part in (scales, histories)))
+                for i, j in enumerate(operation.gradients)
+            )
+        return operation.call(arrays, sets)
 
     scales = histories = None
     if peaks is not None:
         types = (fp8.FORWARD, fp8.FORWARD, fp8.BACKWARD)
-        scales = [(1.0 / fp8.scale(peaks[i], types[i], margin))[None] for i in range(3)]
+        scales = [
+            [(1.0 / fp8.scale(row[i], types[i], margin))[None] for i in range(3)] for row in peaks
+        ]
         # Transformer Engine enters an amax in front, turns by one, and clears the place: it is found at the end.
-        histories = [jnp.zeros((2,), jnp.float32)] * 3
+        histories = [[jnp.zeros((2,), jnp.float32)] * 3 for _ in scales]
     with _its_ways():
-        y, back = jax.vjp(dense, x, w, scales, histories)
+        y, back = jax.vjp(call, arrays, scales, histories)
     # As in `ops.fp8`: what a remat policy keeps of 8-bit floats is not what they were.
     return y, (jax.tree.map(_Kept.of, back), peaks)
 
 
-def _backward(recipe, margin, residuals, dy):
+def _of_set(part, weight: int, gradient: int):
+    """Of scales or histories, those of a quantiser set."""
+    return None if part is None else [*part[weight][:2], part[gradient][2]]
+
+
+def _backward(operation, recipe, margin, residuals, dy):
     kept, peaks = residuals
     back = jax.tree.map(lambda leaf: leaf.restored(), kept, is_leaf=lambda k: isinstance(k, _Kept))
     with _its_ways():
-        dx, dw, _, histories = back(dy)
+        gradients, _, histories = back(dy)
     if peaks is None:
-        return dx, dw, None
-    seen = jnp.concatenate([history[-1:] for history in histories])
-    return dx, dw, jnp.where(jnp.isfinite(seen), seen, 0.0)
+        return gradients, None
+    seen = jnp.stack([jnp.concatenate([history[-1:] for history in row]) for row in histories])
+    return gradients, jnp.where(jnp.isfinite(seen), seen, 0.0)
 
 
-product.defvjp(_forward, _backward)
+run.defvjp(_forward, _backward)
 
 
 def attention(
@@ -207,9 +263,17 @@ def missing() -> str | None:
 
 @contextlib.contextmanager
 def _its_ways(resource: Any = None) -> Iterator[None]:
-    """It is told the mesh, and may broadcast and promote as numpy does."""
+    """It is told the mesh and our names of axes, and may broadcast and promote as numpy does."""
+    rules = [(name, parallel.mesh_axes(name) or None) for name in NAMES]
+    guard = engine().jax.sharding.global_shard_guard
+    if resource is None:
+        resource = mesh_resource()
+        # Its operations are divided over the mesh when the program is compiled, and look there again.
+        _lasting.close()
+        _lasting.enter_context(guard(resource))
     with (
-        engine().jax.sharding.global_shard_guard(resource or mesh_resource()),
+        guard(resource),
+        nn.logical_axis_rules(rules),
         jax.numpy_rank_promotion("allow"),
         jax.numpy_dtype_promotion("standard"),
     ):
@@ -219,19 +283,19 @@ def _its_ways(resource: Any = None) -> Iterator[None]:
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["bits"], meta_fields=["dtype"])
 @dataclasses.dataclass(frozen=True)
 class _Kept:
-    """An array that waits for the backward pass, 8-bit floats as bytes."""
+    """An array, or a constant, that waits for the backward pass, 8-bit floats as bytes."""
 
-    bits: jax.Array
+    bits: Any
     dtype: Any
 
     @classmethod
-    def of(cls, array: jax.Array) -> _Kept:
+    def of(cls, array: Any) -> _Kept:
         dtype = jnp.asarray(array).dtype
         if dtype.itemsize == 1 and jnp.issubdtype(dtype, jnp.floating):
             return cls(jax.lax.bitcast_convert_type(array, jnp.uint8), dtype)
         return cls(array, None)
 
-    def restored(self) -> jax.Array:
+    def restored(self) -> Any:
         if self.dtype is None:
             return self.bits
         return jax.lax.bitcast_convert_type(self.bits, self.dtype)

@@ -6,6 +6,7 @@ import fiddle as fdl
 import pytest
 
 from configs import flags, glam
+from configs.fp8 import product
 from paxlike.ops import te
 from paxlike.ops.fp8 import Fp8
 from tests.configs.test_gpt import shrink
@@ -81,6 +82,8 @@ def test_experts_with_and_without_capacity(monkeypatch):
         ({"USE_FP8": True, "FP8_LAYERS": "moe/"}, "'moe/' matches no layer; there are .*ffn/ffn1"),
         ({"USE_FP8": True, "FP8_LAYERS": "("}, "is not blocks or all, and no regex"),
         ({"USE_TE": True}, "USE_TE=True, but Transformer Engine is not installed .*: set USE_TE="),
+        ({"TE_FUSED": True}, "TE_FUSED=True has no effect with USE_TE=False"),
+        ({"USE_FP8": True, "TE_FUSED": False}, "TE_FUSED=False has no effect with USE_TE=False"),
     ],
 )
 def test_contradictions_are_one_line(changes, message, monkeypatch):
@@ -89,6 +92,20 @@ def test_contradictions_are_one_line(changes, message, monkeypatch):
     with pytest.raises(ValueError, match=message) as error:
         layers(**changes)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fused"),
+    [
+        ({}, False),
+        ({"USE_FP8": True}, None),
+        ({"USE_FP8": True, "TE_FUSED": False}, False),
+        ({"TE_FUSED": True}, True),
+    ],
+)
+def test_norms_are_part_of_products_as_transformer_engine_has_it(changes, fused):
+    """By default in FP8 alone; `True` says where it cannot be."""
+    assert product(shrink("Synthetic126M", USE_TE=True, **changes)).fused is fused
 
 
 def test_variables_of_pax():
