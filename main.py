@@ -250,7 +250,11 @@ def _do(resolved, text: str, job) -> int:
         return experiment.check_start(JOB_LOG_DIR.value, config=resolved.json, job=job)
     if MODE.value == "replay":
         return experiment.replay(JOB_LOG_DIR.value, step=REPLAY_STEP.value)
-    source = {"checkpoint": CHECKPOINT.value or JOB_LOG_DIR.value, "step": CHECKPOINT_STEP.value}
+    source = {
+        "checkpoint": CHECKPOINT.value or JOB_LOG_DIR.value,
+        "step": CHECKPOINT_STEP.value,
+        "config_text": text,
+    }
     if MODE.value == "eval":
         return experiment.evaluate(JOB_LOG_DIR.value, follow=FOLLOW.value, **source)
     return experiment.decode(

@@ -395,6 +395,7 @@ class Experiment:
         checkpoint: str | None = None,
         step: int | None = None,
         follow: bool = False,
+        config_text: str = "",
     ) -> int:
         """Evaluates a checkpoint (default: the latest of `job_log_dir`) on the held-out sets; returns the exit code.
 
@@ -424,6 +425,7 @@ class Experiment:
             step=step,
             follow=follow,
             references=references,
+            config_text=config_text,
         )
 
     def decode(self, job_log_dir: str, **options: Any) -> int:

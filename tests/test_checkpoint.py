@@ -220,8 +220,12 @@ def test_a_missing_step_is_named_with_those_there_are(tmp_path):
 
 def test_a_changed_model_is_refused_before_reading(tmp_path, monkeypatch):
     with Checkpointer(tmp_path, EVERY) as checkpointer:
-        save(checkpointer, 1, wait=True)
+        was = "# tree\nmodel.slope = 1\n"
+        save(checkpointer, 1, wait=True, config_text=was)
         monkeypatch.setattr("paxlike.checkpoint.arrays.read_arrays", None)
+        same = abstract(host_state(0), mesh_of(2, 2))
+        with pytest.raises(ValueError, match="other settings: model.slope was 1 and is 2; go on"):
+            checkpointer.restore(same, config_text=was.replace("1", "2"))
         wide = abstract(host_state(0, width=32), mesh_of(2, 2))
         with pytest.raises(ValueError, match="is of another model or optimizer: ") as caught:
             checkpointer.restore(wide)

@@ -20,7 +20,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding
 
-from paxlike.checkpoint import arrays, integrity, layout, upkeep
+from paxlike.checkpoint import arrays, changes, integrity, layout, upkeep
 from paxlike.checkpoint.follow import clear_finished
 from paxlike.checkpoint.options import CheckpointOptions
 from paxlike.checkpoint.reading import ModelMismatch, log, read_newest
@@ -180,13 +180,16 @@ class Checkpointer:
             error, self._error = self._error, None
             raise self._failure(error) from error
 
-    def restore(self, abstract_state: Any, *, step: int | None = None) -> Restored | None:
+    def restore(
+        self, abstract_state: Any, *, step: int | None = None, config_text: str = ""
+    ) -> Restored | None:
         """The newest whole checkpoint, or that of `step`; None when there is none at all.
 
         `abstract_state` is a tree of `jax.ShapeDtypeStruct` with shardings, on any mesh: each array
         is born in the one asked for. A damaged checkpoint is named and the one before it taken.
         Raises `ValueError` when `step` is missing or damaged, when all are damaged, and when the
-        model has changed: before any array is read.
+        model has changed, in its arrays or from what the checkpoint's text says to `config_text`:
+        before any array is read.
         """
         self.wait()
         wanted = arrays.named_leaves(abstract_state)
@@ -202,7 +205,7 @@ class Checkpointer:
             return None
         restored = read_newest(
             [layout.step_folder(self.folder, each) for each in candidates],
-            lambda folder: _read(folder, abstract_state, wanted),
+            lambda folder: _read(folder, abstract_state, wanted, config_text),
             checksums=self.options.checksums,
             damaged=self._damaged,
         )
@@ -301,7 +304,7 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _read(folder: Path, abstract_state: Any, wanted: dict[str, Any]) -> Restored:
+def _read(folder: Path, abstract_state: Any, wanted: dict[str, Any], config_text: str) -> Restored:
     metadata = arrays.read_item(folder, "metadata")
     stored = metadata["arrays"]
     if problem := arrays.difference(stored, wanted):
@@ -309,11 +312,16 @@ def _read(folder: Path, abstract_state: Any, wanted: dict[str, Any]) -> Restored
             f"checkpoint {folder} is of another model or optimizer: {problem}; "
             "take another job_log_dir, or start from its weights only"
         )
+    config = arrays.read_item(folder, "config")
+    if problem := changes.refused(config["text"], config_text):
+        raise ModelMismatch(
+            f"checkpoint {folder} was made with other settings: {problem}; go on with the same, or "
+            f"start another job_log_dir from these weights with CHECKPOINT_RESTORE_PATH={folder}"
+        )
     cast = [name for name, leaf in wanted.items() if str(leaf.dtype) != stored[name]["dtype"]]
     if cast and processes.is_first():
         change = f"{cast[0]} from {stored[cast[0]]['dtype']} to {wanted[cast[0]].dtype}"
         log.warning("%d arrays of %s are converted: %s first", len(cast), folder, change)
-    config = arrays.read_item(folder, "config")
     return Restored(
         state=arrays.with_leaves(abstract_state, arrays.read_arrays(folder, wanted)),
         step=int(metadata["step"]),

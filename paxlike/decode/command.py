@@ -38,6 +38,7 @@ def decode(
     options: SamplingOptions | None = None,
     use: Use = "auto",
     stream: bool | None = None,
+    config_text: str = "",
 ) -> int:
     """Continues `prompts` and those of `prompt_file`; returns the exit code of the process.
 
@@ -52,6 +53,7 @@ def decode(
       options: None takes those of the experiment.
       use: averaged weights where there are any, or one kind.
       stream: show the text as it comes; None does so where there is a single continuation.
+      config_text: the resolved config of this start: warned of where it is of another model than was trained.
 
     Raises:
       ValueError: no prompt, a prompt that is too long, no tokenizer, no checkpoint, or nowhere to
@@ -82,6 +84,8 @@ def decode(
             abstract = abstract_variables(experiment.model, mesh)
             source = Path(checkpoint or job_log_dir)
             weights = experiment.read_variables(source, abstract, step=step, use=use)
+        for line in weights.doubts(config_text=config_text, tokenizer=experiment.tokenizer):
+            display.progress.write(f"warning: {line}")
         generator = Generator(
             experiment.model,
             weights.variables,

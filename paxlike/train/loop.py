@@ -22,6 +22,7 @@ from paxlike.checkpoint import (
     EXIT_PREEMPTED,
     Checkpointer,
     TerminationSignal,
+    changes,
     clear_finished,
     mark_finished,
 )
@@ -324,13 +325,17 @@ class _Run:
             self._record(None)
         reading = contextlib.nullcontext() if there is None else self._restoring()
         with reading:
-            restored = checkpointer.restore(saved_part(experiment, self.abstract))
+            restored = checkpointer.restore(
+                saved_part(experiment, self.abstract), config_text=self.config_text
+            )
         if restored is not None:
             self.first_row = data_position(experiment, self.directory, restored.data)
             self.owes_evaluation = bool(restored.data.get(_OWES))
             self._write_config()
             log.resumed(restored.step)
             log.progress.write(f"going on from the checkpoint of step {restored.step:,}")
+            if changed := changes.allowed(restored.config_text, self.config_text):
+                log.progress.write(f"changed since that checkpoint: {changed}")
             if not saves_trained_only(experiment):
                 return restored.state, restored.step
             with log.busy(f"reading frozen weights from {experiment.initial_weights.path}"):
