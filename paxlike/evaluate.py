@@ -75,6 +75,14 @@ class Evaluator:
             out_shardings=jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec()),
         )
 
+    def metric_names(self, abstract: Mapping[str, Any]) -> list[str]:
+        """What `run` will give for variables of these shapes; nothing is computed."""
+        spec = batch_spec(self._data.spec(self._global_batch, evaluation=True), self._mesh)
+        # A function of its own: the program of `run` is traced when its kernels of attention are known.
+        return sorted(
+            jax.eval_shape(lambda *of: self._task.evaluate(self._model, *of), abstract, spec)
+        )
+
     def settle(self, kernels: KernelCheck, abstract: Mapping[str, Any]) -> Settled:
         """Its program for variables of these shapes with kernels of attention that were compared; nothing runs yet."""
         spec = self._data.spec(self._global_batch, evaluation=True)

@@ -107,6 +107,10 @@ class _Run:
 
     def run(self, stack: contextlib.ExitStack) -> int:
         experiment, log = self.experiment, self.log
+        if experiment.best.metric is not None:  # now, not at the first evaluation
+            abstract = self.abstract.variables()
+            names = {each.name: each.metric_names(abstract) for each in self._evaluators()}
+            experiment.best.check_metric(names)
         checkpointer = stack.enter_context(Checkpointer(self.directory, experiment.checkpoints))
         stop = stack.enter_context(self.stop)
         state, start = self._restore_or_initialize(checkpointer)
