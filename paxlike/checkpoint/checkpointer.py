@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import threading
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -20,7 +19,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding
 
-from paxlike.checkpoint import arrays, changes, integrity, layout, upkeep
+from paxlike.checkpoint import arrays, changes, integrity, layout, quiet, upkeep
 from paxlike.checkpoint.follow import clear_finished
 from paxlike.checkpoint.options import CheckpointOptions
 from paxlike.checkpoint.reading import ModelMismatch, log, read_newest
@@ -75,7 +74,8 @@ class Checkpointer:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._saving: int | None = None
-        _quiet_orbax()
+        self._failed = False
+        quiet.quiet_orbax()
         self._orbax = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(),
             async_options=ocp.AsyncOptions(
@@ -100,10 +100,15 @@ class Checkpointer:
         try:
             self.wait()
         finally:
-            self._orbax.close()
-            if self._claim is not None:
-                upkeep.release(self._claim)
-                self._claim = None
+            try:
+                self._orbax.close()
+            except Exception:
+                if not self._failed:  # else it is said again, and has been raised already
+                    raise
+            finally:
+                if self._claim is not None:
+                    upkeep.release(self._claim)
+                    self._claim = None
 
     def all_steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
@@ -248,7 +253,7 @@ class Checkpointer:
             self._error = error
 
     def _failure(self, error: BaseException) -> OSError:
-        step, self._saving = self._saving, None
+        step, self._saving, self._failed = self._saving, None, True
         self._known.discard(step)
         if processes.is_first():
             upkeep.remove_unfinished(self.folder)
@@ -330,15 +335,3 @@ def _read(folder: Path, abstract_state: Any, wanted: dict[str, Any], config_text
         config_text=config["text"],
         metadata=metadata,
     )
-
-
-def _quiet_orbax() -> None:
-    """Drops the log lines of Orbax: what goes wrong is raised, in one line, by this module."""
-    logger = logging.getLogger("absl")
-    if not any(isinstance(each, _NotOrbax) for each in logger.filters):
-        logger.addFilter(_NotOrbax())
-
-
-class _NotOrbax(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        return "orbax" not in record.pathname
