@@ -181,7 +181,7 @@ def evaluate(
     references: Mapping[str, float],
     config_text: str = "",
 ) -> int:
-    """Evaluates one checkpoint, or with `follow` each new one, on all held-out sets of the experiment.
+    """Evaluates one checkpoint, or with `follow` the newest again and again, on all held-out sets of the experiment.
 
     Weights only are read (the averaged ones where there are any), onto this mesh, whatever mesh wrote them.
     `references` are unigram entropies by set, in nats per token, shown beside the loss. Settings of the model and a

@@ -399,7 +399,7 @@ class Experiment:
     ) -> int:
         """Evaluates a checkpoint (default: the latest of `job_log_dir`) on the held-out sets; returns the exit code.
 
-        With `follow`, every new checkpoint of a running job, until the run has finished.
+        With `follow`, the newest of a running job whenever there is a new one, until the run has finished.
         """
         here = self.on_these_devices()
         if not here.eval_data:
