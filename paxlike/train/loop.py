@@ -131,9 +131,11 @@ class _Run:
         protect()
         if (start >= experiment.num_steps or best.exhausted) and not self.owes_evaluation:
             mark_finished(self.directory, start)
-            log.progress.write(
-                f"training is complete: step {start:,} of {experiment.num_steps:,}; nothing to do"
-            )
+            last = experiment.num_steps
+            where = f"step {start:,} of {last:,}"
+            if start > last:
+                where = f"the checkpoint is at step {start:,}, and MAX_STEPS is {last:,}"
+            log.progress.write(f"training is complete: {where}; nothing to do")
             return 0
         clear_finished(self.directory)
         self.from_step = start

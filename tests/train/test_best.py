@@ -1,5 +1,6 @@
 """The best checkpoint is kept, and a run that gets no better stops."""
 
+import dataclasses
 import json
 import shutil
 
@@ -96,7 +97,9 @@ def test_a_run_that_gets_no_better_stops_and_keeps_its_best(tmp_path, capfd):
     assert max(line["step"] for line in read_metrics(tmp_path)) == 4
     # The same command again has nothing to do.
     assert stuck.train(str(tmp_path)) == 0
-    assert "training is complete" in capfd.readouterr().err
+    assert "training is complete: step 4 of 9; nothing to do" in capfd.readouterr().err
+    assert dataclasses.replace(stuck, num_steps=3).train(str(tmp_path)) == 0
+    assert "the checkpoint is at step 4, and MAX_STEPS is 3; nothing" in capfd.readouterr().err
     assert max(line["step"] for line in read_metrics(tmp_path)) == 4
 
 
