@@ -44,7 +44,8 @@ def decode(
 
     Writes `decoder_out/<name>/decoder_out_<step>.jsonl` in `job_log_dir`, a line for each
     continuation, in the order of the prompts. Every process of a run calls it; the first one prints
-    and writes. A file that is there already is replaced.
+    and writes. Other results of the same step that are there already stay: the new file gets a number,
+    `decoder_out_<step>_2.jsonl`.
 
     Args:
       checkpoint: a job_log_dir, its checkpoints folder or one checkpoint; None is `job_log_dir`.
@@ -100,9 +101,9 @@ def decode(
         )
     display.close(results)
     if jax.process_index() == 0:
-        file = folder / f"decoder_out_{weights.step:08d}.jsonl"
         about = {"seed": options.seed, "step": weights.step, "weights": weights.use}
-        _write(file, [_fields(result, asked[result.prompt_index]) | about for result in results])
+        lines = [_fields(result, asked[result.prompt_index]) | about for result in results]
+        file = _write(folder / f"decoder_out_{weights.step:08d}.jsonl", lines)
         throughput = generator.throughput
         display.progress.write(
             f"{len(results):,} continuations, {throughput.tokens:,} tokens in "
@@ -230,15 +231,23 @@ def _fields(result: Generation, prompt: Prompt) -> dict[str, Any]:
     }
 
 
-def _write(file: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """All lines or none: the file appears when it is complete."""
-    unfinished = file.with_suffix(".tmp")
+def _write(file: Path, lines: Sequence[dict[str, Any]]) -> Path:
+    """All lines or none: the file appears when it is complete; where others are in it, one with a number.
+
+    Returns the file that has them.
+    """
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+    stem, number = file.stem, 1
     try:
-        with open(unfinished, "w", encoding="utf-8") as out:
-            out.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        while file.exists() and file.read_bytes() != text:
+            number += 1
+            file = file.with_stem(f"{stem}_{number}")
+        unfinished = file.with_suffix(".tmp")
+        unfinished.write_bytes(text)
         os.replace(unfinished, file)
     except OSError as error:
         raise ValueError(f"cannot write {file}: {error.strerror}") from None
+    return file
 
 
 def _print(text: str, stream: TextIO | None = None) -> None:

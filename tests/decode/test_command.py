@@ -92,6 +92,17 @@ def test_prompts_from_the_command_line_and_a_file(experiment, states, run, tmp_p
     assert "ema of step 7" in err and "warning" not in err
 
 
+def test_other_results_of_the_same_step_are_kept(tmp_path):
+    from paxlike.decode.command import _write
+
+    file = tmp_path / "decoder_out_00000007.jsonl"
+    written = [_write(file, [{"text": text}]) for text in ("a", "b", "c", "b", "a")]
+    names = [path.name.removeprefix("decoder_out_00000007") for path in written]
+    assert names == [".jsonl", "_2.jsonl", "_3.jsonl", "_2.jsonl", ".jsonl"]
+    assert [lines(path)[0]["text"] for path in written] == ["a", "b", "c", "b", "a"]
+    assert len([*tmp_path.iterdir()]) == 3
+
+
 def test_one_prompt_streams_to_the_terminal(experiment, states, run, capsys):
     decode(experiment, run, prompts=["hello"], step=3, use="params", name="chat")
     (line,) = lines(run / "decoder_out" / "chat" / "decoder_out_00000003.jsonl")
@@ -143,8 +154,8 @@ def test_several_samples_are_told_apart(experiment, run, capsys):
         ({}, {"prompts": ["x"], "checkpoint": "/nowhere"}, "no checkpoint in /nowhere"),
         (
             {},
-            {"prompts": ["x"], "prompt_file": "/nowhere.txt"},
-            "cannot read the prompts in /nowhere.txt: No such",
+            {"prompts": ["x"], "prompt_file": "/nowhere"},
+            "cannot read the prompts in /nowhere: No such",
         ),
     ],
 )
