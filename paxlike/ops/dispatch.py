@@ -164,6 +164,7 @@ def by_sorting(
     if x.shape[1] % math.prod(sizes[a] for a in length):
         length = ()
     tokens = P(rows or None, length or None, None)
+    local: Callable[..., Any]
     keywords = {"compute": compute, "num_experts": num_experts, "over": over, "tensor": tensor}
     # Tokens that are the same on all devices of the experts need not travel.
     if exchange is not None and exchange.kind == "all_to_all" and over and set(over) <= set(rows):
