@@ -111,7 +111,16 @@ grouped_matmul_fp8.defvjp(_forward_fp8, _backward_fp8)
 
 def _of_groups(x, sizes):
     """Rows, with zeros for those beyond all groups."""
-    return jnp.where((jnp.arange(x.shape[0]) < jnp.sum(sizes))[:, None], x, 0)
+    return jnp.where((jnp.arange(x.shape[0]) < jnp.sum(sizes))[:, None], x, _zero(sizes, x.dtype))
+
+
+def _zero(known: Int[Array, "..."], dtype: Any) -> jax.Array:
+    """0, which jax does not know of.
+
+    What does not depend on a layer's input is computed before the loop over the layers, and an array of zeros then lives
+    through it. The compiler knows.
+    """
+    return (known[0] * 0).astype(dtype)
 
 
 def _of_all(amax, axes: tuple[str, ...]):
@@ -195,7 +204,8 @@ def _product_in_blocks(x, w, sizes, transposed, dtype: Any = None, smallest: int
         # What runs over into the next group is overwritten by that group's own blocks, which come later.
         return jax.lax.dynamic_update_slice_in_dim(y, part, blocks.start[i], 0)
 
-    y = jnp.zeros((n + blocks.rows, q), dtype or x.dtype)
+    dtype = dtype or x.dtype
+    y = jnp.full((n + blocks.rows, q), _zero(sizes, dtype))
     y = jax.lax.fori_loop(0, _count(blocks), body, y)[:n]
     return _of_groups(y, sizes)
 
@@ -210,13 +220,14 @@ def _of_matrices(x, dy, sizes, smallest: int = _SMALLEST_BLOCK) -> jax.Array:
         start, group = blocks.start[i], blocks.group[i]
         mine = (jnp.arange(blocks.rows) < blocks.left[i])[:, None]
         rows = jax.lax.dynamic_slice_in_dim(x, start, blocks.rows)
-        rows = jnp.where(mine, rows, 0)
+        rows = jnp.where(mine, rows, _zero(blocks.start, rows.dtype))
         other = jax.lax.dynamic_slice_in_dim(dy, start, blocks.rows)
         part = jax.lax.dot_general(rows, other, contraction, preferred_element_type=jnp.float32)
         before = jax.lax.dynamic_index_in_dim(dw, group, keepdims=False)
         return jax.lax.dynamic_update_index_in_dim(dw, before + part, group, 0)
 
-    zeros = jnp.zeros((sizes.shape[0], x.shape[1], dy.shape[1]), jnp.float32)
+    shape = (sizes.shape[0], x.shape[1], dy.shape[1])
+    zeros = jnp.full(shape, _zero(sizes, jnp.float32))
     return jax.lax.fori_loop(0, _count(blocks), body, zeros)
 
 
@@ -254,4 +265,5 @@ fetch.defvjp(
 def _rows(x, index):
     n = x.shape[0]
     there = (index < n)[:, None]
-    return jnp.where(there, jnp.take(x, jnp.minimum(index, n - 1), axis=0, mode="clip"), 0)
+    rows = jnp.take(x, jnp.minimum(index, n - 1), axis=0, mode="clip")
+    return jnp.where(there, rows, _zero(index, x.dtype))
