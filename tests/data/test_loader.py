@@ -303,6 +303,7 @@ def test_no_thread_is_left_behind(loader):
     "change, message",
     [
         ({"seq_len": 0}, "seq_len=0 must be at least 1"),
+        ({"num_workers": -1}, r"num_workers=-1 \(TOKENIZE_WORKERS\) must be 0"),
         ({"packing": "tight"}, "packing='tight' is none of packed, concatenated, documents"),
         ({"documents": (0.5, 0.2)}, r"documents=\(0.5, 0.2\) must be"),
         ({"tokenizer": None}, "JsonLines gives text: pass a tokenizer"),
