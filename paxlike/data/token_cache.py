@@ -180,6 +180,8 @@ def _run(source, tokenizer, folder, parts, missing, dtype, num_workers, progress
                 show()
                 _touch(folder)
                 for future in finished:
+                    if isinstance(error := future.exception(), ValueError):
+                        raise ValueError(str(error)) from error  # one line, as in this process
                     future.result()
                     yield running.pop(future)
         finally:

@@ -12,7 +12,7 @@ import pytest
 from data.data_helpers import TEXTS, write_json_lines
 
 from paxlike.data import prepare, token_cache
-from paxlike.data.sources import JsonLines
+from paxlike.data.sources import JsonLines, TextFiles
 from paxlike.data.token_cache import cache_folder, open_or_build
 from paxlike.data.token_stream import TokenStream
 from paxlike.data.tokenizers import ByteTokenizer
@@ -209,6 +209,10 @@ def test_worker_processes_give_the_same_files(source, tmp_path):
     ]
     assert streams[0].digest == streams[1].digest
     assert streams[0].shards == streams[1].shards
+    (tmp_path / "a.txt.gz").write_bytes(b"text")
+    with pytest.raises(ValueError, match="a.txt.gz cannot be read: Not a gzipped file") as error:
+        open_or_build(TextFiles(f"{tmp_path}/a.txt.gz"), TOKENIZER, str(tmp_path), num_workers=1)
+    assert error.traceback[-1].path == pathlib.Path(token_cache.__file__)  # so main.py shows a line
 
 
 def test_waiting_for_a_process_that_does_nothing(source, tmp_path):
