@@ -147,7 +147,8 @@ class Files:
     """Files of either kind: JSON lines or one document each, by the names of the files found.
 
     It looks for them when it is asked for documents, not before. Where all are of one kind, it is
-    `TextFiles` or `JsonLines` in all that it does; `part_bytes` None is theirs.
+    `TextFiles` or `JsonLines` in all that it does; `part_bytes` None is theirs. The token cache is
+    that of `found`.
     """
 
     paths: str
@@ -156,7 +157,7 @@ class Files:
 
     @property
     def name(self) -> str:
-        return self.found.name
+        return "files"  # without looking: it is asked for when a loader is made
 
     def parts(self) -> list[Part]:
         return self.found.parts()

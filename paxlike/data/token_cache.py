@@ -25,7 +25,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from paxlike.data.progress import Progress
-from paxlike.data.sources import DocumentSource, Part
+from paxlike.data.sources import DocumentSource, Files, Part
 from paxlike.data.token_stream import (
     FINISHED,
     TokenStream,
@@ -42,6 +42,7 @@ _BATCH_CHARACTERS = 1 << 20
 
 def cache_folder(source: DocumentSource, tokenizer: Tokenizer, cache_dir: str) -> str:
     """The folder of a source and a tokenizer: its name changes when either does."""
+    source = _found(source)
     return os.path.join(cache_dir, f"{_slug(source.name)}-{_key(source, tokenizer)}")
 
 
@@ -63,6 +64,7 @@ def open_or_build(
     process that builds shows no sign of life for `patience` seconds.
     """
     check_workers(num_workers)
+    source = _found(source)
     folder = cache_folder(source, tokenizer, cache_dir)
     if _is_finished(folder):
         with contextlib.suppress(FileNotFoundError):  # the mark is off
@@ -274,6 +276,10 @@ def _lock(folder: str) -> Iterator[bool]:
             yield True
         finally:
             fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _found(source: DocumentSource) -> DocumentSource:
+    return source.found if isinstance(source, Files) else source
 
 
 def _key(source: DocumentSource, tokenizer: Tokenizer) -> str:

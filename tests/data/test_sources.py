@@ -7,6 +7,8 @@ import zstandard
 from data.data_helpers import write_json_lines
 
 from paxlike.data.sources import DocumentSource, Files, JsonLines, TextFiles, TfdsSource
+from paxlike.data.token_cache import cache_folder
+from paxlike.data.tokenizers import ByteTokenizer
 
 
 def read(source):
@@ -61,7 +63,8 @@ def test_files_are_read_as_what_their_names_say(tmp_path):
     files = Files(pure.paths, "body")
     assert isinstance(files, DocumentSource)
     assert read(files) == read(pure) == list(lines)
-    assert (files.name, files.fingerprint()) == (pure.name, pure.fingerprint())
+    assert files.fingerprint() == pure.fingerprint()
+    assert cache_folder(files, ByteTokenizer(), "") == cache_folder(pure, ByteTokenizer(), "")
     (tmp_path / "d.txt.gz").write_bytes(gzip.compress(b"a text\nof two lines"))
     text = f"{tmp_path}/d.*"
     assert Files(text).fingerprint() == TextFiles(text).fingerprint()
