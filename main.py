@@ -36,7 +36,9 @@ EVAL_ON_TEST = absl_flags.DEFINE_boolean(
     "eval_on_test", None, "train: evaluate the held-out sets while training."
 )
 FOLLOW = absl_flags.DEFINE_boolean(
-    "follow", False, "eval: wait for new checkpoints until the run has finished."
+    "follow",
+    False,
+    "eval: the newest checkpoint, whenever there is a new one, until the run has finished.",
 )
 CHECKPOINT_STEP = absl_flags.DEFINE_integer(
     "checkpoint_step", None, "eval, decode: step of the checkpoint, the latest by default."
@@ -173,7 +175,7 @@ def _refuse_flags_without_effect() -> None:
             raise flags.UsageError(f"--{name} has no effect with --mode={MODE.value}{hint}")
     if FOLLOW.value and CHECKPOINT_STEP.value is not None:
         raise flags.UsageError(
-            "--follow evaluates every new checkpoint: leave out --checkpoint_step"
+            "--follow evaluates the newest checkpoint: leave out --checkpoint_step"
         )
     if SEARCH_COMPILES.value is not None and not SEARCH.value:
         raise flags.UsageError("--search_compiles has no effect without --search")
@@ -250,7 +252,11 @@ def _do(resolved, text: str, job) -> int:
         return experiment.check_start(JOB_LOG_DIR.value, config=resolved.json, job=job)
     if MODE.value == "replay":
         return experiment.replay(JOB_LOG_DIR.value, step=REPLAY_STEP.value)
-    source = {"checkpoint": CHECKPOINT.value or JOB_LOG_DIR.value, "step": CHECKPOINT_STEP.value}
+    source = {
+        "checkpoint": CHECKPOINT.value or JOB_LOG_DIR.value,
+        "step": CHECKPOINT_STEP.value,
+        "config_text": text,
+    }
     if MODE.value == "eval":
         return experiment.evaluate(JOB_LOG_DIR.value, follow=FOLLOW.value, **source)
     return experiment.decode(

@@ -75,6 +75,14 @@ class Evaluator:
             out_shardings=jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec()),
         )
 
+    def metric_names(self, abstract: Mapping[str, Any]) -> list[str]:
+        """What `run` will give for variables of these shapes; nothing is computed."""
+        spec = batch_spec(self._data.spec(self._global_batch, evaluation=True), self._mesh)
+        # A function of its own: the program of `run` is traced when its kernels of attention are known.
+        return sorted(
+            jax.eval_shape(lambda *of: self._task.evaluate(self._model, *of), abstract, spec)
+        )
+
     def settle(self, kernels: KernelCheck, abstract: Mapping[str, Any]) -> Settled:
         """Its program for variables of these shapes with kernels of attention that were compared; nothing runs yet."""
         spec = self._data.spec(self._global_batch, evaluation=True)
@@ -171,11 +179,13 @@ def evaluate(
     step: int | None,
     follow: bool,
     references: Mapping[str, float],
+    config_text: str = "",
 ) -> int:
-    """Evaluates one checkpoint, or with `follow` each new one, on all held-out sets of the experiment.
+    """Evaluates one checkpoint, or with `follow` the newest again and again, on all held-out sets of the experiment.
 
     Weights only are read (the averaged ones where there are any), onto this mesh, whatever mesh wrote them.
-    `references` are unigram entropies by set, in nats per token, shown beside the loss.
+    `references` are unigram entropies by set, in nats per token, shown beside the loss. Settings of the model and a
+    tokenizer that are not those of the training are warned of, where `config_text` is this start's resolved config.
 
     Raises:
       ValueError: no checkpoint, or weights that do not fit the model.
@@ -187,6 +197,7 @@ def evaluate(
         abstract = abstract_variables(experiment.model, mesh)
         _settle(experiment, evaluators, abstract, log)
         steps = wait_for_new_checkpoint(source, say=log.progress.write) if follow else [step]
+        first = True
         for wanted in steps:
             try:
                 with log.busy(f"reading weights from {source}"):
@@ -198,6 +209,10 @@ def evaluate(
                     f"step {wanted} is passed over: {error}"
                 )  # dropped by the run, or damaged
                 continue
+            if first:
+                for line in weights.doubts(config_text=config_text, tokenizer=experiment.tokenizer):
+                    log.warning(line)
+                first = False
             for evaluator in evaluators:
                 with log.busy(f"evaluating {evaluator.name} at step {weights.step:,}"):
                     metrics = evaluator.run(weights.variables)

@@ -395,10 +395,11 @@ class Experiment:
         checkpoint: str | None = None,
         step: int | None = None,
         follow: bool = False,
+        config_text: str = "",
     ) -> int:
         """Evaluates a checkpoint (default: the latest of `job_log_dir`) on the held-out sets; returns the exit code.
 
-        With `follow`, every new checkpoint of a running job, until the run has finished.
+        With `follow`, the newest of a running job whenever there is a new one, until the run has finished.
         """
         here = self.on_these_devices()
         if not here.eval_data:
@@ -424,6 +425,7 @@ class Experiment:
             step=step,
             follow=follow,
             references=references,
+            config_text=config_text,
         )
 
     def decode(self, job_log_dir: str, **options: Any) -> int:

@@ -1,9 +1,11 @@
 """Saving and restoring in one process: bits, meshes, donation, order, keeping, refusals."""
 
+import asyncio
 import logging
 import subprocess
 import sys
 import threading
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from paxlike.checkpoint import Checkpointer, CheckpointOptions, integrity, read_metadata
+from paxlike.checkpoint import Checkpointer, CheckpointOptions, integrity, quiet, read_metadata
 from tests.checkpoint_worker import CONFIG, abstract, assert_same_bits, host_state, mesh_of, put
 
 EVERY = CheckpointOptions(every_n_steps=1, keep_last=None)
@@ -220,8 +222,12 @@ def test_a_missing_step_is_named_with_those_there_are(tmp_path):
 
 def test_a_changed_model_is_refused_before_reading(tmp_path, monkeypatch):
     with Checkpointer(tmp_path, EVERY) as checkpointer:
-        save(checkpointer, 1, wait=True)
+        was = "# tree\nmodel.slope = 1\n"
+        save(checkpointer, 1, wait=True, config_text=was)
         monkeypatch.setattr("paxlike.checkpoint.arrays.read_arrays", None)
+        same = abstract(host_state(0), mesh_of(2, 2))
+        with pytest.raises(ValueError, match="other settings: model.slope was 1 and is 2; go on"):
+            checkpointer.restore(same, config_text=was.replace("1", "2"))
         wide = abstract(host_state(0, width=32), mesh_of(2, 2))
         with pytest.raises(ValueError, match="is of another model or optimizer: ") as caught:
             checkpointer.restore(wide)
@@ -324,3 +330,30 @@ def test_orbax_is_silent(tmp_path, caplog):
     with Checkpointer(tmp_path, EVERY) as checkpointer:
         save(checkpointer, 1)
     assert not [record for record in caplog.records if record.name == "absl"]
+
+
+def test_what_orbax_leaves_behind_of_a_failed_save_is_not_shown(monkeypatch, caplog):
+    """Abandoned tasks, by the logger of asyncio, and what TensorStore tells a closed event loop."""
+    shown = []
+    monkeypatch.setattr(sys, "unraisablehook", shown.append)
+    quiet.quiet_orbax()
+    loop = asyncio.new_event_loop()
+    loop.close()
+    with pytest.raises(RuntimeError) as closed:
+        loop.call_soon_threadsafe(print)
+    args = {"exc_type": RuntimeError, "exc_value": closed.value, "object": None}
+    sys.unraisablehook(types.SimpleNamespace(**args, exc_traceback=closed.tb.tb_next))
+    assert not shown
+    sys.unraisablehook(types.SimpleNamespace(**args, exc_traceback=closed.tb))  # with a caller
+    assert len(shown) == 1
+    logger = logging.getLogger("asyncio")
+    where = (
+        "<Task finished name='Task-9' coro=<write() done, defined at /x/{}/a.py:3> exception=..."
+    )
+    for place in ("orbax", "tensorstore", "mine"):
+        logger.error("Task exception was never retrieved\nfuture: " + where.format(place))
+    assert [place in caplog.text for place in ("orbax", "tensorstore", "mine")] == [
+        False,
+        False,
+        True,
+    ]

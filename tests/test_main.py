@@ -74,7 +74,9 @@ def test_eval_mode_gives_the_numbers_of_training_and_ends(straight, text):
 
 def test_follow_ends_when_the_run_has_finished(straight, text):
     directory, _ = straight
-    runs.run(directory, text, "--mode=eval", "--follow")
+    done = runs.run(directory, text, "--mode=eval", "--follow", "--fdl.FPROP_DTYPE=bfloat16")
+    other = "not the model that was trained to step 12: FPROP_DTYPE was 'float32' and is 'bfloat16'"
+    assert done.stderr.count(other) == 1
     assert (directory / "eval_out" / "HeldOut" / "eval_out_00000012.json").exists()
 
 
@@ -87,7 +89,9 @@ def test_decode_mode_continues_prompts(straight, text):
         "--prompt=def ",
         "--prompt=import",
         "--fdl.DECODE_MAX_TOKENS=5",
+        "--fdl.LAYERNORM_EPSILON=1e-4",
     )
+    assert "warning: this is not the model that was trained to step 12: LAYERNORM" in done.stderr
     (output,) = (directory / "decoder_out").rglob("*.jsonl")
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert [line["prompt"] for line in lines] == ["def ", "import"]
@@ -305,8 +309,8 @@ def test_missing_data_checkpoint_and_vocabulary_are_named(text, tmp_path):
 
 def test_going_on_with_another_model_or_other_data_is_refused(straight, text, tmp_path):
     directory, _ = straight
-    wider = runs.run(directory, {**text, "MODEL_DIMS": 64, "MAX_STEPS": 20}, expect=2).stderr
-    assert "error:" in wider and "(512, 32)" in wider.replace("[", "(").replace("]", ")")
+    relu = runs.run(directory, {**text, "ACTIVATION": "relu", "MAX_STEPS": 20}, expect=2).stderr
+    assert "error:" in relu and "other settings: ACTIVATION was 'gelu' and is 'relu'" in relu
     other = runs.run(
         directory, {**text, "TRAIN_INPUT_RANDOM_SEED": 7, "MAX_STEPS": 20}, expect=2
     ).stderr

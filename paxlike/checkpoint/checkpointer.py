@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import threading
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -20,7 +19,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding
 
-from paxlike.checkpoint import arrays, integrity, layout, upkeep
+from paxlike.checkpoint import arrays, changes, integrity, layout, quiet, upkeep
 from paxlike.checkpoint.follow import clear_finished
 from paxlike.checkpoint.options import CheckpointOptions
 from paxlike.checkpoint.reading import ModelMismatch, log, read_newest
@@ -75,7 +74,8 @@ class Checkpointer:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._saving: int | None = None
-        _quiet_orbax()
+        self._failed = False
+        quiet.quiet_orbax()
         self._orbax = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(),
             async_options=ocp.AsyncOptions(
@@ -100,10 +100,15 @@ class Checkpointer:
         try:
             self.wait()
         finally:
-            self._orbax.close()
-            if self._claim is not None:
-                upkeep.release(self._claim)
-                self._claim = None
+            try:
+                self._orbax.close()
+            except Exception:
+                if not self._failed:  # else it is said again, and has been raised already
+                    raise
+            finally:
+                if self._claim is not None:
+                    upkeep.release(self._claim)
+                    self._claim = None
 
     def all_steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
@@ -180,13 +185,16 @@ class Checkpointer:
             error, self._error = self._error, None
             raise self._failure(error) from error
 
-    def restore(self, abstract_state: Any, *, step: int | None = None) -> Restored | None:
+    def restore(
+        self, abstract_state: Any, *, step: int | None = None, config_text: str = ""
+    ) -> Restored | None:
         """The newest whole checkpoint, or that of `step`; None when there is none at all.
 
         `abstract_state` is a tree of `jax.ShapeDtypeStruct` with shardings, on any mesh: each array
         is born in the one asked for. A damaged checkpoint is named and the one before it taken.
         Raises `ValueError` when `step` is missing or damaged, when all are damaged, and when the
-        model has changed: before any array is read.
+        model has changed, in its arrays or from what the checkpoint's text says to `config_text`:
+        before any array is read.
         """
         self.wait()
         wanted = arrays.named_leaves(abstract_state)
@@ -202,7 +210,7 @@ class Checkpointer:
             return None
         restored = read_newest(
             [layout.step_folder(self.folder, each) for each in candidates],
-            lambda folder: _read(folder, abstract_state, wanted),
+            lambda folder: _read(folder, abstract_state, wanted, config_text),
             checksums=self.options.checksums,
             damaged=self._damaged,
         )
@@ -245,7 +253,7 @@ class Checkpointer:
             self._error = error
 
     def _failure(self, error: BaseException) -> OSError:
-        step, self._saving = self._saving, None
+        step, self._saving, self._failed = self._saving, None, True
         self._known.discard(step)
         if processes.is_first():
             upkeep.remove_unfinished(self.folder)
@@ -301,7 +309,7 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _read(folder: Path, abstract_state: Any, wanted: dict[str, Any]) -> Restored:
+def _read(folder: Path, abstract_state: Any, wanted: dict[str, Any], config_text: str) -> Restored:
     metadata = arrays.read_item(folder, "metadata")
     stored = metadata["arrays"]
     if problem := arrays.difference(stored, wanted):
@@ -309,11 +317,16 @@ def _read(folder: Path, abstract_state: Any, wanted: dict[str, Any]) -> Restored
             f"checkpoint {folder} is of another model or optimizer: {problem}; "
             "take another job_log_dir, or start from its weights only"
         )
+    config = arrays.read_item(folder, "config")
+    if problem := changes.refused(config["text"], config_text):
+        raise ModelMismatch(
+            f"checkpoint {folder} was made with other settings: {problem}; go on with the same, or "
+            f"start another job_log_dir from these weights with CHECKPOINT_RESTORE_PATH={folder}"
+        )
     cast = [name for name, leaf in wanted.items() if str(leaf.dtype) != stored[name]["dtype"]]
     if cast and processes.is_first():
         change = f"{cast[0]} from {stored[cast[0]]['dtype']} to {wanted[cast[0]].dtype}"
         log.warning("%d arrays of %s are converted: %s first", len(cast), folder, change)
-    config = arrays.read_item(folder, "config")
     return Restored(
         state=arrays.with_leaves(abstract_state, arrays.read_arrays(folder, wanted)),
         step=int(metadata["step"]),
@@ -322,15 +335,3 @@ def _read(folder: Path, abstract_state: Any, wanted: dict[str, Any]) -> Restored
         config_text=config["text"],
         metadata=metadata,
     )
-
-
-def _quiet_orbax() -> None:
-    """Drops the log lines of Orbax: what goes wrong is raised, in one line, by this module."""
-    logger = logging.getLogger("absl")
-    if not any(isinstance(each, _NotOrbax) for each in logger.filters):
-        logger.addFilter(_NotOrbax())
-
-
-class _NotOrbax(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        return "orbax" not in record.pathname

@@ -23,8 +23,8 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
-from paxlike.checkpoint import arrays, integrity, layout, upkeep
-from paxlike.checkpoint.checkpointer import _metadata, _quiet_orbax
+from paxlike.checkpoint import arrays, integrity, layout, quiet, upkeep
+from paxlike.checkpoint.checkpointer import _metadata
 from paxlike.cluster import processes
 
 Parts = Callable[[], Iterator[tuple[tuple[slice, ...], np.ndarray]]]
@@ -170,7 +170,7 @@ def open_params(
 
 def _write(folder: Path, named: Mapping[str, StreamedArray]) -> None:
     """The item `state`, as a save of a training state makes it."""
-    _quiet_orbax()
+    quiet.quiet_orbax()
     registry = ocp.type_handlers.create_type_handler_registry((StreamedArray, _Handler()))
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
     state = epath.Path(folder / "state")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from paxlike.checkpoint import arrays, layout
+from paxlike.checkpoint import arrays, changes, layout
 from paxlike.checkpoint.reading import ModelMismatch, log, read_newest
 from paxlike.cluster import processes
 
@@ -31,11 +31,31 @@ class Weights:
     Attributes:
       step: of the checkpoint.
       use: `params` or `ema`, what the parameters are.
+      config_text: the resolved config of the run that trained them, empty where nobody knows.
+      tokenizer: digest of the tokenizer that they were trained with, None where nobody knows.
     """
 
     variables: dict[str, Any]
     step: int
     use: str
+    config_text: str = ""
+    tokenizer: str | None = None
+
+    def doubts(self, *, config_text: str, tokenizer: Any = None) -> list[str]:
+        """A line for each reason why the numbers may not be those of the model that was trained.
+
+        Compared with the resolved config and the tokenizer of this start.
+        """
+        lines = []
+        if changed := changes.applied(self.config_text, config_text):
+            lines.append(f"this is not the model that was trained to step {self.step:,}: {changed}")
+        here = None if tokenizer is None or self.tokenizer is None else tokenizer.digest()
+        if here != self.tokenizer and here is not None:
+            lines.append(
+                f"this tokenizer ({here}) is not the one of step {self.step:,} ({self.tokenizer}): the same ids mean "
+                "other text; set VOCAB_PATH to the tokenizer of the training"
+            )
+        return lines
 
 
 def restore_variables(
@@ -76,7 +96,13 @@ def restore_variables(
         if absent := {name: leaf for name, leaf in params.items() if name not in held}:
             tree |= {f"params/{name}": leaf for name, leaf in complete(absent).items()}
         tree |= {name: found[f"collections/{name}"] for name in rest}
-        return Weights(arrays.with_leaves(dict(abstract), tree), metadata["step"], kind)
+        return Weights(
+            arrays.with_leaves(dict(abstract), tree),
+            metadata["step"],
+            kind,
+            arrays.read_item(folder, "config")["text"],
+            arrays.read_item(folder, "data").get("fingerprint", {}).get("tokenizer"),
+        )
 
     return read_newest(_folders(path, step), read, checksums=checksums)
 

@@ -38,12 +38,14 @@ def decode(
     options: SamplingOptions | None = None,
     use: Use = "auto",
     stream: bool | None = None,
+    config_text: str = "",
 ) -> int:
     """Continues `prompts` and those of `prompt_file`; returns the exit code of the process.
 
     Writes `decoder_out/<name>/decoder_out_<step>.jsonl` in `job_log_dir`, a line for each
     continuation, in the order of the prompts. Every process of a run calls it; the first one prints
-    and writes. A file that is there already is replaced.
+    and writes. Other results of the same step that are there already stay: the new file gets a number,
+    `decoder_out_<step>_2.jsonl`.
 
     Args:
       checkpoint: a job_log_dir, its checkpoints folder or one checkpoint; None is `job_log_dir`.
@@ -52,6 +54,7 @@ def decode(
       options: None takes those of the experiment.
       use: averaged weights where there are any, or one kind.
       stream: show the text as it comes; None does so where there is a single continuation.
+      config_text: the resolved config of this start: warned of where it is of another model than was trained.
 
     Raises:
       ValueError: no prompt, a prompt that is too long, no tokenizer, no checkpoint, or nowhere to
@@ -82,6 +85,8 @@ def decode(
             abstract = abstract_variables(experiment.model, mesh)
             source = Path(checkpoint or job_log_dir)
             weights = experiment.read_variables(source, abstract, step=step, use=use)
+        for line in weights.doubts(config_text=config_text, tokenizer=experiment.tokenizer):
+            display.progress.write(f"warning: {line}")
         generator = Generator(
             experiment.model,
             weights.variables,
@@ -96,9 +101,9 @@ def decode(
         )
     display.close(results)
     if jax.process_index() == 0:
-        file = folder / f"decoder_out_{weights.step:08d}.jsonl"
         about = {"seed": options.seed, "step": weights.step, "weights": weights.use}
-        _write(file, [_fields(result, asked[result.prompt_index]) | about for result in results])
+        lines = [_fields(result, asked[result.prompt_index]) | about for result in results]
+        file = _write(folder / f"decoder_out_{weights.step:08d}.jsonl", lines)
         throughput = generator.throughput
         display.progress.write(
             f"{len(results):,} continuations, {throughput.tokens:,} tokens in "
@@ -226,15 +231,23 @@ def _fields(result: Generation, prompt: Prompt) -> dict[str, Any]:
     }
 
 
-def _write(file: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """All lines or none: the file appears when it is complete."""
-    unfinished = file.with_suffix(".tmp")
+def _write(file: Path, lines: Sequence[dict[str, Any]]) -> Path:
+    """All lines or none: the file appears when it is complete; where others are in it, one with a number.
+
+    Returns the file that has them.
+    """
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+    stem, number = file.stem, 1
     try:
-        with open(unfinished, "w", encoding="utf-8") as out:
-            out.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        while file.exists() and file.read_bytes() != text:
+            number += 1
+            file = file.with_stem(f"{stem}_{number}")
+        unfinished = file.with_suffix(".tmp")
+        unfinished.write_bytes(text)
         os.replace(unfinished, file)
     except OSError as error:
         raise ValueError(f"cannot write {file}: {error.strerror}") from None
+    return file
 
 
 def _print(text: str, stream: TextIO | None = None) -> None:

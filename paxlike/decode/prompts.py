@@ -27,7 +27,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
       ValueError: the file is missing, of another kind or without prompts, or a line is wrong.
     """
     path = Path(path)
-    if path.suffix not in _READERS:
+    if path.suffix not in _READERS and path.exists():
         raise ValueError(
             f"{path} is no prompt file: give .txt (one prompt a line) or .jsonl (key 'prompt')"
         )

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,14 @@ class BestOptions:
                 f"BEST_METRIC='{self.metric}' must be one of {', '.join(f'{each}/<metric>' for each in sets)}"
             )
 
+    def check_metric(self, metrics: Mapping[str, Collection[str]]) -> None:
+        """Raises a one-line ValueError where the set has no such metric; `metrics` are the names by set."""
+        split, _, name = str(self.metric).partition("/")
+        if self.metric is not None and name not in metrics[split]:
+            raise ValueError(
+                f"BEST_METRIC='{self.metric}': {split} has {', '.join(sorted(metrics[split]))}"
+            )
+
 
 class Best:
     """The history of one measure, in `best.json` of the job_log_dir; the same on all processes."""
@@ -87,11 +95,8 @@ class Best:
         Raises:
           ValueError: the set has no such metric.
         """
+        self._options.check_metric(results)
         split, _, name = str(self._options.metric).partition("/")
-        if name not in results[split]:
-            raise ValueError(
-                f"BEST_METRIC='{self._options.metric}': {split} has {', '.join(sorted(results[split]))}"
-            )
         self._history[step] = results[split][name].value()
         return self.step == step
 

@@ -22,6 +22,7 @@ from paxlike.checkpoint import (
     EXIT_PREEMPTED,
     Checkpointer,
     TerminationSignal,
+    changes,
     clear_finished,
     mark_finished,
 )
@@ -106,6 +107,10 @@ class _Run:
 
     def run(self, stack: contextlib.ExitStack) -> int:
         experiment, log = self.experiment, self.log
+        if experiment.best.metric is not None:  # now, not at the first evaluation
+            abstract = self.abstract.variables()
+            names = {each.name: each.metric_names(abstract) for each in self._evaluators()}
+            experiment.best.check_metric(names)
         checkpointer = stack.enter_context(Checkpointer(self.directory, experiment.checkpoints))
         stop = stack.enter_context(self.stop)
         state, start = self._restore_or_initialize(checkpointer)
@@ -126,9 +131,11 @@ class _Run:
         protect()
         if (start >= experiment.num_steps or best.exhausted) and not self.owes_evaluation:
             mark_finished(self.directory, start)
-            log.progress.write(
-                f"training is complete: step {start:,} of {experiment.num_steps:,}; nothing to do"
-            )
+            last = experiment.num_steps
+            where = f"step {start:,} of {last:,}"
+            if start > last:
+                where = f"the checkpoint is at step {start:,}, and MAX_STEPS is {last:,}"
+            log.progress.write(f"training is complete: {where}; nothing to do")
             return 0
         clear_finished(self.directory)
         self.from_step = start
@@ -324,13 +331,17 @@ class _Run:
             self._record(None)
         reading = contextlib.nullcontext() if there is None else self._restoring()
         with reading:
-            restored = checkpointer.restore(saved_part(experiment, self.abstract))
+            restored = checkpointer.restore(
+                saved_part(experiment, self.abstract), config_text=self.config_text
+            )
         if restored is not None:
             self.first_row = data_position(experiment, self.directory, restored.data)
             self.owes_evaluation = bool(restored.data.get(_OWES))
             self._write_config()
             log.resumed(restored.step)
             log.progress.write(f"going on from the checkpoint of step {restored.step:,}")
+            if changed := changes.allowed(restored.config_text, self.config_text):
+                log.progress.write(f"changed since that checkpoint: {changed}")
             if not saves_trained_only(experiment):
                 return restored.state, restored.step
             with log.busy(f"reading frozen weights from {experiment.initial_weights.path}"):

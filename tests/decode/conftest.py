@@ -33,6 +33,9 @@ class Ascii:
     def decode(self, ids):
         return "".join(chr(int(i) + 30) for i in ids if 2 <= i < 97)
 
+    def digest(self):
+        return "ascii"
+
 
 def tiny_decoder(*, vocab_size=100, scan=True, kv_heads=None, dtype="float32") -> Decoder:
     init = nn.initializers.normal(0.3)

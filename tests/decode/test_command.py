@@ -53,7 +53,8 @@ def run(states, tmp_path):
     """A job_log_dir with two checkpoints."""
     with Checkpointer(tmp_path / "run") as checkpointer:
         for step, state in states.items():
-            checkpointer.save(step, state, data={}, config="{}", wait=True, force=True)
+            data = {} if step == 7 else {"fingerprint": {"tokenizer": "abc"}}
+            checkpointer.save(step, state, data=data, config="{}", wait=True, force=True)
     return tmp_path / "run"
 
 
@@ -88,14 +89,27 @@ def test_prompts_from_the_command_line_and_a_file(experiment, states, run, tmp_p
     assert "=== prompt q1 |" in out
     assert "4 continuations, 40 tokens in" in err
     assert "tokens/s" in err
-    assert "ema of step 7" in err
+    assert "ema of step 7" in err and "warning" not in err
+
+
+def test_other_results_of_the_same_step_are_kept(tmp_path):
+    from paxlike.decode.command import _write
+
+    file = tmp_path / "decoder_out_00000007.jsonl"
+    written = [_write(file, [{"text": text}]) for text in ("a", "b", "c", "b", "a")]
+    names = [path.name.removeprefix("decoder_out_00000007") for path in written]
+    assert names == [".jsonl", "_2.jsonl", "_3.jsonl", "_2.jsonl", ".jsonl"]
+    assert [lines(path)[0]["text"] for path in written] == ["a", "b", "c", "b", "a"]
+    assert len([*tmp_path.iterdir()]) == 3
 
 
 def test_one_prompt_streams_to_the_terminal(experiment, states, run, capsys):
     decode(experiment, run, prompts=["hello"], step=3, use="params", name="chat")
     (line,) = lines(run / "decoder_out" / "chat" / "decoder_out_00000003.jsonl")
     assert line["tokens"] == expected(experiment, states[3].params, ["hello"])[0].tokens
-    assert capsys.readouterr().out == f"hello{line['text']}\n"
+    out, err = capsys.readouterr()
+    assert out == f"hello{line['text']}\n"
+    assert "is not the one of step 3 (abc): the same ids mean other text; set VOCAB_PATH" in err
 
 
 def test_the_weights_of_another_run(experiment, states, run, tmp_path):
@@ -140,8 +154,8 @@ def test_several_samples_are_told_apart(experiment, run, capsys):
         ({}, {"prompts": ["x"], "checkpoint": "/nowhere"}, "no checkpoint in /nowhere"),
         (
             {},
-            {"prompts": ["x"], "prompt_file": "/nowhere.txt"},
-            "cannot read the prompts in /nowhere.txt: No such",
+            {"prompts": ["x"], "prompt_file": "/nowhere"},
+            "cannot read the prompts in /nowhere: No such",
         ),
     ],
 )

@@ -1,5 +1,6 @@
 """The best checkpoint is kept, and a run that gets no better stops."""
 
+import dataclasses
 import json
 import shutil
 
@@ -69,7 +70,7 @@ def test_unknown_metric_names_those_that_are_there(tmp_path):
         )
 
 
-def experiment(**changes):
+def experiment(metric="made_up/loss", **changes):
     config = shrink(
         "Synthetic126M",
         VOCAB_SIZE=64,
@@ -77,7 +78,7 @@ def experiment(**changes):
         CHECKPOINT_MAX_TO_KEEP=1,
         CHECKPOINT_EVERY_N_STEPS=1,
         MAX_STEPS=9,
-        BEST_METRIC="made_up/loss",
+        BEST_METRIC=metric,
         **changes,
     )
     tree = config.experiment()
@@ -96,7 +97,9 @@ def test_a_run_that_gets_no_better_stops_and_keeps_its_best(tmp_path, capfd):
     assert max(line["step"] for line in read_metrics(tmp_path)) == 4
     # The same command again has nothing to do.
     assert stuck.train(str(tmp_path)) == 0
-    assert "training is complete" in capfd.readouterr().err
+    assert "training is complete: step 4 of 9; nothing to do" in capfd.readouterr().err
+    assert dataclasses.replace(stuck, num_steps=3).train(str(tmp_path)) == 0
+    assert "the checkpoint is at step 4, and MAX_STEPS is 3; nothing" in capfd.readouterr().err
     assert max(line["step"] for line in read_metrics(tmp_path)) == 4
 
 
@@ -106,3 +109,9 @@ def test_patience_goes_on_counting_after_a_restart(tmp_path):
     shutil.rmtree(tmp_path / "checkpoints" / "checkpoint_00000004")
     stuck.train(str(tmp_path))  # from step 1 on: three more
     assert max(line["step"] for line in read_metrics(tmp_path)) == 4
+
+
+def test_an_unknown_metric_is_refused_before_anything_is_made(tmp_path):
+    with pytest.raises(ValueError, match="'made_up/los': made_up has accuracy, .*, loss$"):
+        experiment("made_up/los").train(str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
