@@ -294,7 +294,10 @@ def _plan(argv: list[str], environ: dict[str, str], resolved) -> int:
 
 
 def _check(resolved) -> int:
-    """Prints the mesh and the batch of a config that fits the devices, as JSON; takes no device."""
+    """Prints the mesh and the batch of a config that is right and fits the devices, as JSON; takes no device."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # as in a plan
     experiment = _build(resolved)
     mesh = experiment.mesh
     if DEVICES.value is not None and DEVICES.value < 1:
@@ -302,6 +305,7 @@ def _check(resolved) -> int:
     if DEVICES.value is not None or -1 not in mesh.ici:
         experiment = experiment.on_devices(DEVICES.value or mesh.num_devices)
         mesh = experiment.mesh
+    experiment.check_anywhere()
     found = {"config": experiment.name, "axes": mesh.axes, "ici": mesh.ici, "dcn": mesh.dcn}
     if -1 not in mesh.ici:
         found |= {"devices": mesh.num_devices, "global_batch_size": experiment.global_batch_size}
