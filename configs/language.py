@@ -131,6 +131,7 @@ class LanguageModelKnobs(
             mesh=fdl.Config(parallel.Mesh, ici=mesh.ici, dcn=mesh.dcn, axes=mesh.axes),
             rules=self.rules(),
             num_steps=self.MAX_STEPS,
+            max_skipped_steps=self.MAX_SKIPPED_STEPS,
             percore_batch_size=self.PERCORE_BATCH_SIZE,
             ramp=self.batch_growth(),
             zero=fdl.Config(parallel.Zero, stage=self.ZERO_STAGE, axes=self.ZERO_AXES),

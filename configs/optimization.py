@@ -139,6 +139,9 @@ class OptimizerKnobs(Knobs):
     SKIP_STEP_GRADIENT_NORM_VALUE: Annotated[
         float, "skip steps whose gradient norm is above this, 0: none", AtLeast(0)
     ] = 0.0
+    MAX_SKIPPED_STEPS: Annotated[
+        int | None, "so many skipped steps in a row end the run; None: never", AtLeast(1)
+    ] = 100
     EMA_DECAY: Annotated[float, "decay of averaged parameters that evaluation uses, 0: none"] = 0.0
     Z_LOSS_WEIGHT: Annotated[float, "coefficient of the squared log normaliser", AtLeast(0)] = 0.0
     LOGITS_CHUNK: Annotated[

@@ -115,6 +115,7 @@ class Experiment:
       model, task, optimizer: what is trained, on what objective, and how.
       mesh, rules: shape of the device mesh, and logical axis -> mesh axis.
       num_steps: optimizer steps of the whole run.
+      max_skipped_steps: training gives up after so many in a row, None for never.
       percore_batch_size: rows per device and step; may be a fraction.
       zero: which part of parameters, gradients and optimizer state a device keeps while training.
       offload_optimizer_state: keep it in the memory of the host between its uses.
@@ -141,6 +142,7 @@ class Experiment:
     mesh: parallel.Mesh
     num_steps: int
     percore_batch_size: float
+    max_skipped_steps: int | None = 100
     ramp: Ramp | None = None
     train_data: Any = None
     eval_data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -217,6 +219,8 @@ class Experiment:
             raise ValueError(f"PERCORE_BATCH_SIZE={self.percore_batch_size} must be above 0")
         if self.num_steps < 0:
             raise ValueError(f"MAX_STEPS={self.num_steps} is negative")
+        if self.max_skipped_steps is not None and self.max_skipped_steps < 1:
+            raise ValueError(f"MAX_SKIPPED_STEPS={self.max_skipped_steps} must be at least 1")
 
     def _check_training(self) -> None:
         self.best.check(list(self.eval_data), evaluates=bool(self.evaluation.every_n_steps))
