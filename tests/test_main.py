@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 
+import jax
 import numpy as np
 import pytest
 import runs
@@ -323,6 +324,22 @@ def test_a_log_folder_that_cannot_be_written_is_named(tmp_path):
 def test_no_job_log_dir():
     with pytest.raises(ValueError, match="--job_log_dir=DIR is missing"):
         call("--fdl_config=Synthetic126M")
+    with pytest.raises(ValueError, match="--job_log_dir= is empty"):
+        call("--fdl_config=Synthetic126M", "--job_log_dir=")
+    with pytest.raises(ValueError, match="no config; give --fdl_config=NAME .*--fdl_list"):
+        call()
+    with pytest.raises(ValueError, match="--eval_on_test=maybe: true or false wanted, got maybe$"):
+        call("--fdl_config=Synthetic126M", "--eval_on_test=maybe")
+
+
+def test_no_memory_is_one_line():
+    import main
+
+    of = lambda text: main._describe(jax.errors.JaxRuntimeError(text))
+    line = of("RESOURCE_EXHAUSTED: Out of memory allocating 49152000000000 bytes.")
+    assert line.startswith("error: a device has no memory for 45,776.37 GiB: --mode=plan")
+    assert "for 12.00 GiB: " in of("RESOURCE_EXHAUSTED: ... trying to allocate 12.00GiB.")
+    assert "INTERNAL: no luck" in of("INTERNAL: no luck") and "plan" not in of("INTERNAL: no luck")
 
 
 def test_lists_and_help(capsys):
