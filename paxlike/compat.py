@@ -78,7 +78,7 @@ def program_cache(folder: str | os.PathLike) -> Path:
             return None, None
         return read(name, key, options, backend, devices, *more)
 
-    cache_read.skips_collectives = True
+    cache_read.skips_collectives = True  # type: ignore[attr-defined]
     _compiler._cache_read = cache_read
     return place
 

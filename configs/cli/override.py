@@ -111,7 +111,7 @@ def _annotation(target: Any, key: str | int) -> Any:
     if isinstance(target, type):
         bases = target.__mro__
         annotated = [base for base in bases if key in vars(base).get("__annotations__", {})]
-        owners = annotated or [target.__init__]
+        owners = annotated or [target.__init__]  # type: ignore[misc]
     for owner in owners[:1]:
         kind = getattr(owner, "__annotations__", {}).get(key)
         if isinstance(kind, str):

@@ -280,7 +280,7 @@ def _items(step: int, state: Any, data: dict, config: dict[str, str]) -> ocp.arg
     )
 
 
-def _metadata(step: int, named: dict[str, jax.Array]) -> dict[str, Any]:
+def _metadata(step: int, named: dict[str, Any]) -> dict[str, Any]:
     shardings = (leaf.sharding for leaf in named.values())
     mesh = next(
         (dict(each.mesh.shape) for each in shardings if isinstance(each, NamedSharding)), {}

@@ -9,6 +9,7 @@ Shape legend: e experts, n rows, p inputs, q outputs, r rank.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -38,6 +39,7 @@ class Matrices:
         has its own copy; None: those of the tensors themselves.
       fp8: how the kernel is multiplied in 8 bits; None: in its own dtype.
       axes: of the mesh, over which the rows and matrices of a device's experts are spread.
+      share: one row in so many is for these experts, about; the others are for those of other devices.
     """
 
     kernel: Any
@@ -46,17 +48,20 @@ class Matrices:
     peaks: Any = None
     fp8: Fp8 | None = dataclasses.field(default=None, metadata={"static": True})
     axes: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
+    share: int = dataclasses.field(default=1, metadata={"static": True})
 
     def grouped(
         self, x: Float[Array, "n p"], sizes: Int[Array, "e"], *, reference: bool = False
     ) -> Float[Array, "n q"]:
         """The first sizes[0] rows of x times the first matrix, and so on."""
-        product = grouped_matmul_reference if reference else grouped_matmul
+        plain = functools.partial(grouped_matmul, share=self.share)
+        product = grouped_matmul_reference if reference else plain
         if self.fp8 is None or reference:
             y = product(x, self.kernel, sizes)
         else:
             peaks = None if self.peaks is None else self.peaks.reshape(3)
-            y = grouped_matmul_fp8(x, self.kernel, sizes, peaks, self.fp8.margin, self.axes)
+            margin, axes = self.fp8.margin, self.axes
+            y = grouped_matmul_fp8(x, self.kernel, sizes, peaks, margin, axes, self.share)
         if self.a is not None and self.b is not None:
             y = y + product(product(x, self.a, sizes), self.b, sizes)
         return y

@@ -31,7 +31,7 @@ def describe_environment() -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "command_line": sys.argv,
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "jax_optimization_level": str(jax.config.jax_optimization_level),
+        "jax_optimization_level": str(jax.config.jax_optimization_level),  # type: ignore[attr-defined]
         "git_revision": git_revision(pathlib.Path(__file__).resolve().parent),
     }
 

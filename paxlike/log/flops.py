@@ -25,6 +25,7 @@ CAUSAL_SHARE = 0.5
 
 _FUSED_FORWARD = re.compile(r"^dot_product_attention(_fp8)?_fwd(_wrapper)?$")
 _FUSED_BACKWARD = re.compile(r"^dot_product_attention(_fp8)?_bwd(_wrapper)?$")
+_TURNS = re.compile(r"about_(\d+)_turns\)*(?:/while)?$")
 _OPAQUE = re.compile(r"gemm|matmul|attn|attention")
 
 
@@ -35,7 +36,7 @@ def matmul_flops(
 
     A scan counts its length times, a `cond` its dearest branch, a `shard_map` once per shard, a
     Pallas kernel once per grid point (masks inside a kernel are not seen). A `while` loop has no
-    known length.
+    known length, unless its name tells one (`turns`).
 
     Args:
         function: traceable by `jax.make_jaxpr`; not executed.
@@ -86,7 +87,7 @@ def _count_equation(equation: Any, causal_share: float) -> float:
     if name.startswith("te_") or name == "ffi_call":
         _refuse_opaque(name, params)
     if name == "while":
-        return _while(params, causal_share)
+        return _while(equation, causal_share)
     inner = [_count(jaxpr, causal_share) for jaxpr in _inner_jaxprs(params)]
     if name == "cond":
         return max(inner)
@@ -116,8 +117,17 @@ def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
                 yield item
 
 
-def _while(params: dict[str, Any], causal_share: float) -> float:
-    flops = sum(_count(jaxpr, causal_share) for jaxpr in _inner_jaxprs(params))
+def turns(name: str) -> int | None:
+    """How often a loop turns, about, whose length is computed, from the last scope of its name: `about_8_turns`."""
+    found = _TURNS.search(name)
+    return int(found[1]) if found else None
+
+
+def _while(equation: Any, causal_share: float) -> float:
+    flops = sum(_count(jaxpr, causal_share) for jaxpr in _inner_jaxprs(equation.params))
+    about = turns(str(equation.source_info.name_stack))
+    if about is not None:
+        return about * flops
     if flops:
         raise ValueError(
             f"cannot count FLOPs: a while loop with {flops:,.0f} FLOPs a turn has no known number "

@@ -164,6 +164,7 @@ def by_sorting(
     if x.shape[1] % math.prod(sizes[a] for a in length):
         length = ()
     tokens = P(rows or None, length or None, None)
+    local: Callable[..., Any]
     keywords = {"compute": compute, "num_experts": num_experts, "over": over, "tensor": tensor}
     # Tokens that are the same on all devices of the experts need not travel.
     if exchange is not None and exchange.kind == "all_to_all" and over and set(over) <= set(rows):
@@ -215,6 +216,9 @@ def _on_device(x, experts, gates, matrices, *, compute, num_experts, over, rows,
         experts = experts - jax.lax.axis_index(over) * mine
         here = (experts >= 0) & (experts < mine)
         experts, gates = jnp.where(here, experts, mine), jnp.where(here, gates, 0.0)
+        matrices = {
+            name: dataclasses.replace(m, share=num_experts // mine) for name, m in matrices.items()
+        }
     y = _sorted(x, experts, gates, matrices, compute, mine)
     wide = y.astype(jnp.float32) if platform.is_cpu() else y
     partial = (*tensor, *(axis for axis in over if axis not in shared))
@@ -235,6 +239,8 @@ def _on_device_exchanging(
     if exchange.buffer_factor is not None:
         kept = fitting(experts, num_experts=num_experts, axes=over, places=places)
         experts, gates = jnp.where(kept, experts, num_experts), jnp.where(kept, gates, 0.0)
+    share = max(1, places // (b * length * k))
+    matrices = {name: dataclasses.replace(m, share=share) for name, m in matrices.items()}
     compute = elsewhere(compute, axes=over, places=places)
     y = _sorted(x, experts, gates, matrices, compute, num_experts)
     if tensor:

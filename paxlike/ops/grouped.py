@@ -32,29 +32,32 @@ def grouped_matmul_reference(
     return jax.lax.ragged_dot(x, w, sizes)
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def grouped_matmul(
-    x: Float[Array, "n p"], w: Float[Array, "e p q"], sizes: Int[Array, "e"]
+    x: Float[Array, "n p"], w: Float[Array, "e p q"], sizes: Int[Array, "e"], share: int = 1
 ) -> Float[Array, "n q"]:
-    """The first sizes[0] rows of x times w[0], the next sizes[1] times w[1], ...; 0 for rows beyond all groups."""
-    return _product(x, w, sizes)
+    """The first sizes[0] rows of x times w[0], the next sizes[1] times w[1], ...; 0 for rows beyond all groups.
+
+    About one row in `share` is in a group at all; how many there are is known when it runs.
+    """
+    return _product(x, w, sizes, share)
 
 
-def _forward(x, w, sizes):
-    return _product(x, w, sizes), (x, w, sizes)
+def _forward(x, w, sizes, share):
+    return _product(x, w, sizes, share), (x, w, sizes)
 
 
-def _backward(residuals, dy):
+def _backward(share, residuals, dy):
     x, w, sizes = residuals
     dy = dy.astype(x.dtype)
-    dx = _product(dy, w, sizes, transposed=True).astype(x.dtype)
-    return dx, _of_matrices(x, dy, sizes).astype(w.dtype), None
+    dx = _product(dy, w, sizes, share, transposed=True).astype(x.dtype)
+    return dx, _of_matrices(x, dy, sizes, share).astype(w.dtype), None
 
 
 grouped_matmul.defvjp(_forward, _backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def grouped_matmul_fp8(
     x: Float[Array, "n p"],
     w: Float[Array, "e p q"],
@@ -62,6 +65,7 @@ def grouped_matmul_fp8(
     peaks: Float[Array, "3"] | None,
     margin: int = 0,
     axes: tuple[str, ...] = (),
+    share: int = 1,
 ) -> Float[Array, "n q"]:
     """`grouped_matmul` with both in 8 bits, as `ops.fp8.product`: all matrices share a scale, and so do all rows.
 
@@ -69,10 +73,10 @@ def grouped_matmul_fp8(
     "gradient", are those of `ops.fp8.product`; where they are None, and in a `shard_map`, the tensors are those of all
     devices along `axes`.
     """
-    return _forward_fp8(x, w, sizes, peaks, margin, axes)[0]
+    return _forward_fp8(x, w, sizes, peaks, margin, axes, share)[0]
 
 
-def _forward_fp8(x, w, sizes, peaks, margin, axes):
+def _forward_fp8(x, w, sizes, peaks, margin, axes, share):
     x = _of_groups(x, sizes)
     seen = fp8.amax(x), fp8.amax(w)
     used = _of_all(seen, axes) if peaks is None else (peaks[0], peaks[1])
@@ -81,13 +85,13 @@ def _forward_fp8(x, w, sizes, peaks, margin, axes):
     with jax.named_scope(f"{fp8.SCOPE}forward"):
         # An H100 multiplies 8-bit rows with 8-bit rows: matrices are turned once, not one in every turn.
         turned = fp8.quantize(w.swapaxes(1, 2), w_scale, fp8.FORWARD)
-        y = _product_in_blocks(narrow, turned, sizes, True, x.dtype, fp8.MULTIPLE)
+        y = _product_in_blocks(narrow, turned, sizes, share, True, x.dtype, fp8.MULTIPLE)
     # Kept for the backward pass as in `ops.fp8`.
     kept = jax.lax.bitcast_convert_type(narrow, jnp.uint8)
     return fp8.times(y, x_scale * w_scale), (kept, w, sizes, peaks, x_scale, w_scale, seen)
 
 
-def _backward_fp8(margin, axes, residuals, dy):
+def _backward_fp8(margin, axes, share, residuals, dy):
     kept, w, sizes, peaks, x_scale, w_scale, seen = residuals
     narrow = jax.lax.bitcast_convert_type(kept, fp8.FORWARD)
     dy = _of_groups(dy, sizes)
@@ -98,9 +102,9 @@ def _backward_fp8(margin, axes, residuals, dy):
     narrow_dy = fp8.quantize(dy, dy_scale, fp8.BACKWARD)
     with jax.named_scope(f"{fp8.SCOPE}input_grad"):
         matrices = fp8.quantize(w, w_scale, fp8.FORWARD)
-        dx = _product_in_blocks(narrow_dy, matrices, sizes, True, dy.dtype, fp8.MULTIPLE)
+        dx = _product_in_blocks(narrow_dy, matrices, sizes, share, True, dy.dtype, fp8.MULTIPLE)
     with jax.named_scope(f"{fp8.SCOPE}weight_grad"):
-        dw = _of_matrices(narrow, narrow_dy, sizes, fp8.MULTIPLE)
+        dw = _of_matrices(narrow, narrow_dy, sizes, share, fp8.MULTIPLE)
     dx = fp8.times(dx, dy_scale * w_scale)
     dw = fp8.times(dw, x_scale * dy_scale).astype(w.dtype)
     return dx, dw, None, None if peaks is None else jnp.stack([*seen, seen_dy])
@@ -111,7 +115,16 @@ grouped_matmul_fp8.defvjp(_forward_fp8, _backward_fp8)
 
 def _of_groups(x, sizes):
     """Rows, with zeros for those beyond all groups."""
-    return jnp.where((jnp.arange(x.shape[0]) < jnp.sum(sizes))[:, None], x, 0)
+    return jnp.where((jnp.arange(x.shape[0]) < jnp.sum(sizes))[:, None], x, _zero(sizes, x.dtype))
+
+
+def _zero(known: Int[Array, "..."], dtype: Any) -> jax.Array:
+    """0, which jax does not know of.
+
+    What does not depend on a layer's input is computed before the loop over the layers, and an array of zeros then
+    lives through it. The compiler knows.
+    """
+    return (known[0] * 0).astype(dtype)
 
 
 def _of_all(amax, axes: tuple[str, ...]):
@@ -119,12 +132,12 @@ def _of_all(amax, axes: tuple[str, ...]):
     return jax.lax.pmax(amax, axes) if axes else amax
 
 
-def _product(x, w, sizes, *, transposed: bool = False):
+def _product(x, w, sizes, share: int, *, transposed: bool = False):
     """Each group times its matrix, or times the transposed one."""
     if platform.is_cpu() and 2 * x.shape[0] <= w.shape[0]:
         return _product_of_few(x, w, sizes, transposed)
     if platform.name() != "tpu":
-        return _product_in_blocks(x, w, sizes, transposed)
+        return _product_in_blocks(x, w, sizes, share, transposed)
     y = jax.lax.ragged_dot(x, w.swapaxes(1, 2) if transposed else w, sizes)
     # What stands behind the last group is not the same in every implementation.
     return jnp.where((jnp.arange(x.shape[0]) < jnp.sum(sizes))[:, None], y, 0)
@@ -164,11 +177,11 @@ class _Blocks(NamedTuple):
     left: Int[Array, "limit"]
 
 
-def _blocks(n: int, sizes: Int[Array, "e"], smallest: int = _SMALLEST_BLOCK) -> _Blocks:
+def _blocks(n: int, sizes: Int[Array, "e"], share: int, smallest: int) -> _Blocks:
     e = sizes.shape[0]
     rows = smallest
     largest = _LARGEST_BLOCK if platform.is_cpu() else _LARGEST_BLOCK_ELSEWHERE
-    while rows < largest and rows * e < n:
+    while rows < largest and rows * e * share < n:
         rows *= 2
     limit = n // rows + e
     counts = -(-sizes // rows)
@@ -181,9 +194,11 @@ def _blocks(n: int, sizes: Int[Array, "e"], smallest: int = _SMALLEST_BLOCK) -> 
     return _Blocks(rows, limit, ends[-1], group, jnp.where(left > 0, start, n), left)
 
 
-def _product_in_blocks(x, w, sizes, transposed, dtype: Any = None, smallest: int = _SMALLEST_BLOCK):
+def _product_in_blocks(
+    x, w, sizes, share, transposed, dtype: Any = None, smallest: int = _SMALLEST_BLOCK
+):
     """In a loop; in another dtype than that of the rows where one is given."""
-    n, blocks = x.shape[0], _blocks(x.shape[0], sizes, smallest)
+    n, blocks = x.shape[0], _blocks(x.shape[0], sizes, share, smallest)
     q = w.shape[1] if transposed else w.shape[2]
     contraction = (((1,), (1 if transposed else 0,)), ((), ()))
     padded = jnp.pad(x, ((0, blocks.rows), (0, 0)))
@@ -195,14 +210,14 @@ def _product_in_blocks(x, w, sizes, transposed, dtype: Any = None, smallest: int
         # What runs over into the next group is overwritten by that group's own blocks, which come later.
         return jax.lax.dynamic_update_slice_in_dim(y, part, blocks.start[i], 0)
 
-    y = jnp.zeros((n + blocks.rows, q), dtype or x.dtype)
-    y = jax.lax.fori_loop(0, _count(blocks), body, y)[:n]
-    return _of_groups(y, sizes)
+    dtype = dtype or x.dtype
+    y = jnp.full((n + blocks.rows, q), _zero(sizes, dtype))
+    return _of_groups(_over(blocks, n, share, body, y)[:n], sizes)
 
 
-def _of_matrices(x, dy, sizes, smallest: int = _SMALLEST_BLOCK) -> jax.Array:
+def _of_matrices(x, dy, sizes, share: int, smallest: int = _SMALLEST_BLOCK) -> jax.Array:
     """The gradient of the matrices, x^T dy of each group, in float32."""
-    blocks = _blocks(x.shape[0], sizes, smallest)
+    n, blocks = x.shape[0], _blocks(x.shape[0], sizes, share, smallest)
     x, dy = (jnp.pad(a, ((0, blocks.rows), (0, 0))) for a in (x, dy))
     contraction = (((0,), (0,)), ((), ()))
 
@@ -210,19 +225,29 @@ def _of_matrices(x, dy, sizes, smallest: int = _SMALLEST_BLOCK) -> jax.Array:
         start, group = blocks.start[i], blocks.group[i]
         mine = (jnp.arange(blocks.rows) < blocks.left[i])[:, None]
         rows = jax.lax.dynamic_slice_in_dim(x, start, blocks.rows)
-        rows = jnp.where(mine, rows, 0)
+        rows = jnp.where(mine, rows, _zero(blocks.start, rows.dtype))
         other = jax.lax.dynamic_slice_in_dim(dy, start, blocks.rows)
         part = jax.lax.dot_general(rows, other, contraction, preferred_element_type=jnp.float32)
         before = jax.lax.dynamic_index_in_dim(dw, group, keepdims=False)
         return jax.lax.dynamic_update_index_in_dim(dw, before + part, group, 0)
 
-    zeros = jnp.zeros((sizes.shape[0], x.shape[1], dy.shape[1]), jnp.float32)
-    return jax.lax.fori_loop(0, _count(blocks), body, zeros)
+    shape = (sizes.shape[0], x.shape[1], dy.shape[1])
+    zeros = jnp.full(shape, _zero(sizes, jnp.float32))
+    return _over(blocks, n, share, body, zeros)
 
 
-def _count(blocks: _Blocks) -> int | jax.Array:
-    """Of the loop. A GPU waits for the host to learn of a count that it computed: there the loop runs to its bound."""
-    return blocks.used if platform.is_cpu() else blocks.limit
+def _over(blocks: _Blocks, n: int, share: int, body, start):
+    """`body` for each block that is used.
+
+    A GPU waits for the host to learn of a count that it computed. Where most blocks are used it does not ask, and
+    multiplies nothing in the others; where few are, asking costs less than that.
+    """
+    if share == 1 and not platform.is_cpu():
+        return jax.lax.fori_loop(0, blocks.limit, body, start)
+    matrices = blocks.limit - n // blocks.rows  # half a block is left over of each, about
+    turns = n // (share * blocks.rows) + -(-matrices // 2)
+    with jax.named_scope(f"about_{turns}_turns"):  # `log.flops.turns` reads it
+        return jax.lax.fori_loop(0, blocks.used, body, start)
 
 
 @jax.custom_vjp
@@ -254,4 +279,5 @@ fetch.defvjp(
 def _rows(x, index):
     n = x.shape[0]
     there = (index < n)[:, None]
-    return jnp.where(there, jnp.take(x, jnp.minimum(index, n - 1), axis=0, mode="clip"), 0)
+    rows = jnp.take(x, jnp.minimum(index, n - 1), axis=0, mode="clip")
+    return jnp.where(there, rows, _zero(index, x.dtype))

@@ -172,7 +172,7 @@ class KernelCheck:
         return verdict
 
     def _path(self, kernel: Kernel, request: Request, rows: int) -> Path | None:
-        folder = self.folder or jax.config.jax_compilation_cache_dir
+        folder = self.folder or jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
         if not folder:
             return None
         about = json.dumps(_about(kernel, request, rows), sort_keys=True)

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from paxlike.log.flops import turns
+
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "s2": 2, "u2": 2, "bf16": 16, "c64": 64, "c128": 128}
 _BITS |= {f"{kind}{bits}": bits for kind in "suf" for bits in (8, 16, 32, 64)}
 
@@ -37,6 +39,7 @@ _CALLED = re.compile(
 )
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
 _OPERAND = re.compile(r"%([^\s,()]+)")
 
 
@@ -86,9 +89,11 @@ class Instruction:
 
     @property
     def trip_count(self) -> int | None:
-        """Turns of a while loop, None where the compiler did not know."""
-        found = _TRIPS.search(self.attributes)
-        return int(found[1]) if found else None
+        """Turns of a while loop, or about how many by its name; None where nobody knows."""
+        if found := _TRIPS.search(self.attributes):
+            return int(found[1])
+        named = _OP_NAME.search(self.attributes)
+        return turns(named[1]) if named else None
 
     @property
     def backend_config(self) -> dict:

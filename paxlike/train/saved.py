@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ def saved_part(experiment: Experiment, state: TrainState) -> TrainState:
     """What of the state, or of its abstract form, is in a checkpoint."""
     if not saves_trained_only(experiment):
         return state
-    return state.replace(params=experiment.optimizer.select(state.params))
+    return dataclasses.replace(state, params=experiment.optimizer.select(state.params))
 
 
 def with_frozen(experiment: Experiment, abstract: TrainState, state: TrainState) -> TrainState:
@@ -30,7 +31,7 @@ def with_frozen(experiment: Experiment, abstract: TrainState, state: TrainState)
     if not saves_trained_only(experiment):
         return state
     whole = experiment.read_initial_params(abstract.params, abstract.params)
-    return state.replace(params=merge(state.params, whole))
+    return dataclasses.replace(state, params=merge(state.params, whole))
 
 
 def data_position(experiment: Experiment, directory: Path, saved: Mapping[str, Any]) -> int:

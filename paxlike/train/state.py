@@ -115,10 +115,12 @@ class StateFactory:
 
     def place(self, boxed: TrainState) -> TrainState:
         """What `boxed` describes, with the shardings of this mesh; ValueError where a parameter does not divide."""
-        whole = _placed(boxed.replace(opt_state=None, ema=None), self.mesh)
-        part = _placed(boxed.replace(params=None, collections={}), self.mesh, self.rules)
+        whole = _placed(dataclasses.replace(boxed, opt_state=None, ema=None), self.mesh)
+        part = _placed(
+            dataclasses.replace(boxed, params=None, collections={}), self.mesh, self.rules
+        )
         opt_state = _in_host_memory(part.opt_state) if self.offload else part.opt_state
-        return whole.replace(opt_state=opt_state, ema=part.ema)
+        return dataclasses.replace(whole, opt_state=opt_state, ema=part.ema)
 
     def layout(self) -> Layout:
         """Where the training step keeps what it computes on the way from one state to the next."""

@@ -68,15 +68,20 @@ class TrainStep:
     ) -> tuple[TrainState, dict[str, Any]]:
         """One step; a step whose gradient is not finite changes nothing but the counters."""
         # What is not trained is handed on as it is: it has no gradient, and is neither averaged nor compared.
-        whole, state = state.params, state.replace(params=self.optimizer.select(state.params))
+        whole, state = (
+            state.params,
+            dataclasses.replace(state, params=self.optimizer.select(state.params)),
+        )
         gradients, collections, metrics, moves = self._gradients(state, whole, batch)
         norm, param_norm = optax.tree.norm(gradients), optax.tree.norm(state.params)
         if self.update_shardings is not None:
             gradients = self._held(gradients, self.update_shardings)
-            state = state.replace(params=self._held(state.params, self.update_shardings))
+            state = dataclasses.replace(
+                state, params=self._held(state.params, self.update_shardings)
+            )
         if self.opt_state_shardings is not None:
-            state = state.replace(
-                opt_state=jax.device_put(state.opt_state, self.opt_state_shardings)
+            state = dataclasses.replace(
+                state, opt_state=jax.device_put(state.opt_state, self.opt_state_shardings)
             )
         factor = self.optimizer.clip_factor(norm)
         rate = self.optimizer.schedule(state.step)
@@ -89,7 +94,7 @@ class TrainStep:
         accepted = self.optimizer.accepts(norm)
         proposed = TrainState(state.step, params, opt_state, collections, ema, state.skipped_steps)
         kept = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), proposed, state)
-        kept = kept.replace(params=merge(kept.params, whole))
+        kept = dataclasses.replace(kept, params=merge(kept.params, whole))
         skipped = state.skipped_steps + jnp.where(accepted, 0, 1)
         metrics |= {
             "learning_rate": rate,

@@ -35,10 +35,12 @@ def operands(rows=20, p=6, q=4, e=4, seed=0):
 
 
 @pytest.mark.parametrize(
-    "hardware", [None, Hardware("cuda", 9.0), Hardware("tpu")], ids=["cpu", "gpu", "tpu"]
+    ("hardware", "share"),
+    [(None, 1), (Hardware("cuda", 9.0), 1), (Hardware("cuda", 9.0), 4), (Hardware("tpu"), 4)],
+    ids=["cpu", "gpu", "gpu, few rows", "tpu"],
 )
 @pytest.mark.parametrize("name", SIZES)
-def test_values_and_gradients_equal_one_product_a_group(name, hardware):
+def test_values_and_gradients_equal_one_product_a_group(name, hardware, share):
     sizes = SIZES[name]
     x, w, dy = operands(rows=max(20, sum(sizes)))
     ends = np.cumsum(sizes)
@@ -50,9 +52,9 @@ def test_values_and_gradients_equal_one_product_a_group(name, hardware):
 
     def ours(x, w):
         if hardware is None:
-            return grouped_matmul(x, w, jnp.asarray(sizes))
+            return grouped_matmul(x, w, jnp.asarray(sizes), share)
         with traced_for(hardware):
-            return grouped_matmul(x, w, jnp.asarray(sizes))
+            return grouped_matmul(x, w, jnp.asarray(sizes), share)
 
     def results(function):
         def both(x, w):
@@ -150,6 +152,17 @@ def test_elsewhere_products_are_loops_over_blocks(platform, blocks):
     assert flops <= (3 + blocks) * once
 
 
+def test_a_gpu_computes_few_blocks_where_few_rows_count():
+    """Of eight devices that gather each other's rows, each has an eighth of them to multiply."""
+    x, w, _ = operands(16384, 8, 8, 2)
+    product = lambda share: lambda x, w: grouped_matmul(x, w, jnp.array([1000, 1048]), share)
+    with traced_for(GPU):
+        all_blocks, used = (matmul_flops(product(share), x, w) for share in (1, 8))
+    once = 2 * 2048 * 8 * 8
+    assert all_blocks >= 8 * once
+    assert once <= used <= 2 * once
+
+
 def test_fetch_and_its_gradient():
     x = jnp.arange(12.0).reshape(4, 3)
     source, readers = jnp.array([2, 4, 0, 2]), jnp.array([[2, 4], [4, 4], [0, 3], [4, 4]])
@@ -165,7 +178,7 @@ def test_only_matrices_that_have_rows_are_read():
     from paxlike.ops.grouped import _blocks
 
     sizes = jnp.zeros(64, jnp.int32).at[jnp.array([3, 40])].set(2)
-    blocks = _blocks(4, sizes)
+    blocks = _blocks(4, sizes, share=1, smallest=8)
     assert int(blocks.used) == 2
     assert blocks.group[:2].tolist() == [3, 40]
     # What is multiplied with 0 would be seen where it is no number.

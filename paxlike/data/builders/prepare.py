@@ -11,9 +11,10 @@ import urllib.request
 import tensorflow_datasets as tfds
 
 from paxlike.arguments import ArgumentParser
+from paxlike.data.builders.local_builder import LocalBuilder
 
 
-def prepare(builder_class: type, *, data_dir: str, source: str | None = None) -> str:
+def prepare(builder_class: type[LocalBuilder], *, data_dir: str, source: str | None = None) -> str:
     """Prepares a builder of this package and returns the folder; a result that is there stays.
 
     Raises ValueError, in one line, where the download fails or `source` lacks a file.
@@ -51,7 +52,7 @@ def _check_address(url: str) -> None:
             raise
 
 
-def main(builder_class: type, arguments: list[str] | None = None) -> None:
+def main(builder_class: type[LocalBuilder], arguments: list[str] | None = None) -> None:
     """The command of scripts/download_*.py."""
     parser = ArgumentParser(
         description=f"Prepares {builder_class.name} for training with TFDS, as array_record."
