@@ -59,7 +59,7 @@ class Knobs:
     """Base of all config classes; see the module."""
 
     _abstract: ClassVar[bool] = True
-    _declared: ClassVar[dict[str, tuple[Any, str]]]
+    _declared: ClassVar[dict[str, tuple[Any, str, tuple[Bound, ...]]]]
 
     def __init_subclass__(cls, *, abstract: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
