@@ -11,7 +11,7 @@ from paxlike.data.lambada import Lambada
 from paxlike.data.loader import Loader
 from paxlike.data.mixtures import Mixture
 from paxlike.data.open_tokenizer import open_tokenizer
-from paxlike.data.sources import JsonLines, TextFiles, TfdsSource
+from paxlike.data.sources import Files, JsonLines, TfdsSource
 from paxlike.data.synthetic import SyntheticTokens
 
 
@@ -91,7 +91,7 @@ class DataKnobs(Knobs):
     def eval_data(self, name: str) -> fdl.Config[Loader]:
         """One held-out set by name."""
         if name == "LambadaValidation":
-            passages = self.records(self.LAMBADA_FILE, "my_lambada", "test")
+            passages = self.records(self.LAMBADA_FILE, "my_lambada", "test", knob="LAMBADA_FILE")
             return self.loader(fdl.Config(Lambada, passages=passages), packing="documents")
         if name == "BoolQ":
             questions = self.source("boolq", "validation", self.BOOLQ_FILE)
@@ -110,9 +110,9 @@ class DataKnobs(Knobs):
         """Documents, or a source of rows, from files or TFDS."""
         if kind == "boolq":
             yes, no = self.BOOLQ_ANSWERS
-            return fdl.Config(
-                BoolQ, source=self.records(files, "super_glue/boolq", split), yes=yes, no=no
-            )
+            knob = "TRAIN_FILES" if split == "train" else "BOOLQ_FILE"
+            source = self.records(files, "super_glue/boolq", split, knob=knob)
+            return fdl.Config(BoolQ, source=source, yes=yes, no=no)
         if kind == "instruct":
             return fdl.Config(
                 Instruct,
@@ -124,11 +124,13 @@ class DataKnobs(Knobs):
             )
         return self.text(split, files)
 
-    def records(self, files: str | None, name: str, split: str) -> fdl.Config[Any]:
-        """JSON lines where files are given, else a TFDS data set."""
+    def records(self, files: str | None, name: str, split: str, *, knob: str) -> fdl.Config[Any]:
+        """JSON lines where files are given, else a TFDS data set; `knob` is that of the files."""
         if files:
             return fdl.Config(JsonLines, paths=files, text_key=self.TEXT_KEY)
-        return fdl.Config(TfdsSource, name=name, split=split, data_dir=self.TFDS_DATA_DIR)
+        return fdl.Config(
+            TfdsSource, name=name, split=split, data_dir=self.TFDS_DATA_DIR, files_knob=knob
+        )
 
     def text(self, split: str, files: str | None) -> fdl.Config[Any]:
         """A source of documents: files where they are given, else the Pile in TFDS."""
@@ -139,11 +141,9 @@ class DataKnobs(Knobs):
                 split=split,
                 data_dir=self.TFDS_DATA_DIR,
                 text_key=self.TEXT_KEY,
+                files_knob="TRAIN_FILES" if split == "train" else "EVAL_FILES",
             )
-        names = [part.strip().removesuffix(".gz").removesuffix(".zst") for part in files.split(",")]
-        if all(name.endswith((".jsonl", ".json", ".jsonlines")) for name in names):
-            return fdl.Config(JsonLines, paths=files, text_key=self.TEXT_KEY)
-        return fdl.Config(TextFiles, paths=files)
+        return fdl.Config(Files, paths=files, text_key=self.TEXT_KEY)
 
     def loader(
         self, source: fdl.Config[Any], *, packed: bool = False, packing: str | None = None

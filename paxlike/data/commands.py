@@ -3,19 +3,15 @@
 import argparse
 
 from paxlike.data.open_tokenizer import open_tokenizer
-from paxlike.data.sources import DocumentSource, JsonLines, TextFiles, TfdsSource
+from paxlike.data.sources import DocumentSource, Files, TfdsSource
 from paxlike.data.tokenizers import ByteTokenizer, Tokenizer
-
-_JSON_ENDINGS = tuple(
-    f".{kind}{ending}" for kind in ("jsonl", "json") for ending in ("", ".gz", ".zst")
-)
 
 
 def add_source_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--input",
-        help="files, as a glob pattern or several with commas between; names that end in .jsonl "
-        "or .json (or these with .gz, .zst) are JSON lines, others are one document each",
+        help="files, as a glob pattern or several with commas between; names that end in .jsonl, "
+        ".json or .jsonlines (or these with .gz, .zst) are JSON lines, others are one document each",
     )
     parser.add_argument("--text_key", default="text", help="key of the text in JSON lines and TFDS")
     parser.add_argument("--tfds", metavar="NAME", help="a TFDS data set instead, as the_pile")
@@ -28,13 +24,7 @@ def source_from_flags(flags: argparse.Namespace) -> DocumentSource:
         raise ValueError("pass either --input FILES or --tfds NAME")
     if flags.tfds is not None:
         return TfdsSource(flags.tfds, flags.split, flags.data_dir, flags.text_key)
-    patterns = [pattern.strip() for pattern in flags.input.split(",")]
-    json_lines = [pattern.endswith(_JSON_ENDINGS) for pattern in patterns]
-    if all(json_lines):
-        return JsonLines(flags.input, flags.text_key)
-    if any(json_lines):
-        raise ValueError(f"--input {flags.input!r} mixes JSON lines and other files: name one kind")
-    return TextFiles(flags.input)
+    return Files(flags.input, flags.text_key).found
 
 
 def tokenizer_from_flag(value: str, eos_id: int | None = None) -> Tokenizer:

@@ -80,6 +80,7 @@ class Loader:
             raise ValueError(
                 f"documents={self.documents} must be (low, high) with 0 <= low < high <= 1"
             )
+        token_cache.check_workers(self.num_workers)
         for source in self._sources:
             self._check(source)
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from paxlike.data.sources import JsonLines, TfdsSource, list_files, open_maybe_compressed
+from paxlike.data.files import list_files, open_maybe_compressed
+from paxlike.data.sources import JsonLines, TfdsSource
 
 Record = dict[str, Any]
 RecordSource = JsonLines | TfdsSource

@@ -16,7 +16,7 @@ from paxlike.data.commands import add_source_flags, source_from_flags, tokenizer
 from paxlike.data.example_rows import ExampleRows
 from paxlike.data.instruct import OVERLONG, Instruct
 from paxlike.data.packing import Packing
-from paxlike.data.sources import JsonLines, TfdsSource
+from paxlike.data.sources import JsonLines, MixedFiles, TfdsSource
 from paxlike.data.tokenizers import Tokenizer
 
 
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _show(flags: argparse.Namespace) -> None:
     source = source_from_flags(flags)
-    if not isinstance(source, JsonLines | TfdsSource):
+    if not isinstance(source, JsonLines | TfdsSource) or isinstance(source, MixedFiles):
         raise ValueError(f"--input {flags.input!r} must be JSON lines: plain text has no answers")
     tokenizer = tokenizer_from_flag(flags.tokenizer)
     examples = Instruct(

@@ -1,4 +1,4 @@
-"""Where documents come from: text files, JSON lines (plain, .gz, .zst) and TFDS data sets.
+"""Where documents come from: text files, JSON lines, both together, and TFDS data sets.
 
 A source is a frozen value that opens nothing when it is made. It divides its documents into parts:
 units of work in a fixed order that are tokenised, resumed and spread over processes independently.
@@ -6,15 +6,20 @@ The documents of a part come in a fixed order too, so a source is one well-defin
 """
 
 import dataclasses
+import functools
 import glob
-import gzip
-import io
 import json
 import os
 from collections.abc import Iterator, Sequence
-from typing import IO, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-import zstandard
+from paxlike.data.files import (
+    decode_text,
+    is_compressed,
+    is_json_lines,
+    list_files,
+    open_maybe_compressed,
+)
 
 _MAX_PARTS = 256  # a part becomes two open files of the token cache
 
@@ -64,8 +69,7 @@ class TextFiles:
 
     def read(self, part: Part) -> Iterator[str]:
         for path in list_files(self.paths)[part.start : part.stop]:
-            with open_maybe_compressed(path) as file:
-                yield file.read().decode("utf-8", "replace")
+            yield _whole_text(path)
 
     def fingerprint(self) -> dict[str, Any]:
         return {"kind": "text", "files": _facts(self.paths), "part_bytes": self.part_bytes}
@@ -88,13 +92,11 @@ class JsonLines:
         return "json_lines"
 
     def parts(self) -> list[Part]:
-        units = self._units()
-        return _group([stop - start for _, start, stop in units], self.part_bytes)
+        return _group([stop - start for _, start, stop in self._units()], self.part_bytes)
 
     def read(self, part: Part) -> Iterator[str]:
         for path, start, stop in self._units()[part.start : part.stop]:
-            for position, line in _lines(path, start, stop):
-                yield self._text(line, path, position)
+            yield from _texts_of_lines(path, start, stop, self.text_key)
 
     def fingerprint(self) -> dict[str, Any]:
         return {
@@ -110,25 +112,71 @@ class JsonLines:
         for path in list_files(self.paths):
             size = os.path.getsize(path)
             # The size of a piece does not depend on the other files: it is part of the order.
-            step = size if _is_compressed(path) else max(self.part_bytes, -(-size // _MAX_PARTS))
+            step = max(self.part_bytes, -(-size // _MAX_PARTS)) if self._divides(path) else size
             units += [(path, at, min(at + step, size)) for at in range(0, size, max(step, 1))]
         return units
 
-    def _text(self, line: bytes, path: str, position: int) -> str:
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}: not JSON at byte {position}: {error}") from None
-        if not isinstance(record, dict) or not isinstance(record.get(self.text_key), str):
-            found = sorted(record) if isinstance(record, dict) else type(record).__name__
-            raise ValueError(
-                f"{path}: no string under {self.text_key!r} at byte {position}; the line has "
-                f"{found}: set text_key"
-            )
-        text = record[self.text_key]
-        if b"\\ud" in line or b"\\uD" in line:  # half a surrogate pair, which is no character
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return text
+    def _divides(self, path: str) -> bool:
+        return not is_compressed(path)
+
+
+@dataclasses.dataclass(frozen=True)
+class MixedFiles(JsonLines):
+    """JSON lines and text files side by side, in the order of `paths`, each read as what it is."""
+
+    @property
+    def name(self) -> str:
+        return "files"
+
+    def read(self, part: Part) -> Iterator[str]:
+        for path, start, stop in self._units()[part.start : part.stop]:
+            if is_json_lines(path):
+                yield from _texts_of_lines(path, start, stop, self.text_key)
+            else:
+                yield _whole_text(path)
+
+    def fingerprint(self) -> dict[str, Any]:
+        return super().fingerprint() | {"kind": "files"}
+
+    def _divides(self, path: str) -> bool:
+        return super()._divides(path) and is_json_lines(path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """Files of either kind: JSON lines or one document each, by the names of the files found.
+
+    It looks for them when it is asked for documents, not before. Where all are of one kind, it is
+    `TextFiles` or `JsonLines` in all that it does; `part_bytes` None is theirs. The token cache is
+    that of `found`.
+    """
+
+    paths: str
+    text_key: str = "text"
+    part_bytes: int | None = None
+
+    @property
+    def name(self) -> str:
+        return "files"  # without looking: it is asked for when a loader is made
+
+    def parts(self) -> list[Part]:
+        return self.found.parts()
+
+    def read(self, part: Part) -> Iterator[str]:
+        return self.found.read(part)
+
+    def fingerprint(self) -> dict[str, Any]:
+        return self.found.fingerprint()
+
+    @functools.cached_property
+    def found(self) -> TextFiles | JsonLines:
+        """The source of the kind that the files are of."""
+        kinds = {is_json_lines(path) for path in list_files(self.paths)}
+        size = {} if self.part_bytes is None else {"part_bytes": self.part_bytes}
+        if kinds == {False}:
+            return TextFiles(self.paths, **size)
+        kind = JsonLines if kinds == {True} else MixedFiles
+        return kind(self.paths, self.text_key, **size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +184,8 @@ class TfdsSource:
     """A split of a TFDS data set prepared as array_record; TensorFlow is not needed.
 
     `name` may carry a config and a version (`the_pile/lm:1.0.0`), `split` a slice (`train[:1%]`).
-    `data_dir` None is the folder TFDS itself uses.
+    `data_dir` None is the folder TFDS itself uses. `files_knob` names, where the data set is missing,
+    the knob that takes files in its place.
     """
 
     name: str
@@ -144,6 +193,7 @@ class TfdsSource:
     data_dir: str | None = None
     text_key: str = "text"
     part_records: int = 32768
+    files_knob: str = "TRAIN_FILES, EVAL_FILES"
 
     def parts(self) -> list[Part]:
         count = len(self.records())
@@ -207,7 +257,7 @@ class TfdsSource:
             there = ", ".join(tfds_datasets(data_dir)) or "none"
             raise ValueError(
                 f"found no {wanted}; data sets there: {there}. Set TFDS_DATA_DIR, run the "
-                "scripts/download_*.py of that data set, or name files with TRAIN_FILES, EVAL_FILES"
+                f"scripts/download_*.py of that data set, or name files with {self.files_knob}"
             ) from None
         if builder.info.file_format.value != "array_record":
             raise ValueError(
@@ -225,19 +275,6 @@ def tfds_datasets(data_dir: str) -> list[str]:
             name, version = os.path.split(os.path.relpath(os.path.dirname(path), data_dir))
             found.append(f"{name}:{version}")
     return sorted(found)
-
-
-def open_maybe_compressed(path: str) -> IO[bytes]:
-    """A file for reading bytes, decompressed by its ending (.gz, .zst)."""
-    if path.endswith(".gz"):
-        return io.BufferedReader(gzip.GzipFile(path))
-    if path.endswith(".zst"):
-        file = open(path, "rb")  # noqa: SIM115 (the reader closes it)
-        reader = zstandard.ZstdDecompressor(max_window_size=2**31).stream_reader(
-            file, read_across_frames=True, closefd=True
-        )
-        return io.BufferedReader(reader, 1 << 20)
-    return open(path, "rb")
 
 
 def as_text(value: Any) -> str:
@@ -267,28 +304,6 @@ def _tfds_folder(data_dir: str, name: str) -> str:
     return os.path.dirname(candidates[-1])
 
 
-def list_files(paths: str) -> list[str]:
-    """The files that comma-separated glob patterns name, sorted within each pattern."""
-    files = []
-    for pattern in paths.split(","):
-        pattern = os.path.expanduser(pattern.strip())
-        found = sorted(p for p in glob.glob(pattern, recursive=True) if os.path.isfile(p))
-        if not found:
-            raise ValueError(f"no file matches {pattern!r}: {_what_is_there(pattern)}")
-        files += found
-    return files
-
-
-def _what_is_there(pattern: str) -> str:
-    """What the first existing folder above a pattern holds: the usual mistake is one level off."""
-    folder = os.path.dirname(os.path.abspath(pattern.split("*")[0].split("?")[0]))
-    while not os.path.isdir(folder):
-        folder = os.path.dirname(folder)
-    names = sorted(os.listdir(folder))
-    shown = ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")
-    return f"{folder} holds {shown or 'nothing'}"
-
-
 def _facts(paths: str) -> list[list[Any]]:
     """Name, size and time of each file."""
     files = list_files(paths)
@@ -309,23 +324,43 @@ def _group(sizes: list[int], target: int) -> list[Part]:
     return parts
 
 
+def _whole_text(path: str) -> str:
+    with open_maybe_compressed(path) as file:
+        return decode_text(file.read(), path)
+
+
+def _texts_of_lines(path: str, start: int, stop: int, text_key: str) -> Iterator[str]:
+    """The texts of the JSON lines that begin at bytes `start` to `stop`."""
+    for position, line in _lines(path, start, stop):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}: not JSON at byte {position}: {error}") from None
+        if not isinstance(record, dict) or not isinstance(record.get(text_key), str):
+            found = sorted(record) if isinstance(record, dict) else type(record).__name__
+            raise ValueError(
+                f"{path}: no string under {text_key!r} at byte {position}; the line has "
+                f"{found}: set text_key"
+            )
+        text = record[text_key]
+        if b"\\ud" in line or b"\\uD" in line:  # half a surrogate pair, which is no character
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        yield text
+
+
 def _lines(path: str, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
     """The non-empty lines that begin at bytes `start` to `stop`, each with its position."""
     with open_maybe_compressed(path) as file:
         position = 0
-        if not _is_compressed(path):
+        if not is_compressed(path):
             # A line that begins before `start` belongs to the piece before.
             file.seek(max(start - 1, 0))
             position = max(start - 1, 0)
             if start:
                 position += len(file.readline())
         for line in file:
-            if not _is_compressed(path) and position >= stop:
+            if not is_compressed(path) and position >= stop:
                 return
             if line.strip():
                 yield position, line
             position += len(line)
-
-
-def _is_compressed(path: str) -> bool:
-    return path.endswith((".gz", ".zst"))

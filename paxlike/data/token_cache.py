@@ -25,8 +25,15 @@ from collections.abc import Iterator
 import numpy as np
 
 from paxlike.data.progress import Progress
-from paxlike.data.sources import DocumentSource, Part
-from paxlike.data.token_stream import FINISHED, TokenStream, shard_path
+from paxlike.data.sources import DocumentSource, Files, Part
+from paxlike.data.token_stream import (
+    FINISHED,
+    TokenStream,
+    damage,
+    damaged,
+    shard_damage,
+    shard_path,
+)
 from paxlike.data.tokenizers import Tokenizer
 
 _FORMAT = 1  # raised when the files change meaning
@@ -35,6 +42,7 @@ _BATCH_CHARACTERS = 1 << 20
 
 def cache_folder(source: DocumentSource, tokenizer: Tokenizer, cache_dir: str) -> str:
     """The folder of a source and a tokenizer: its name changes when either does."""
+    source = _found(source)
     return os.path.join(cache_dir, f"{_slug(source.name)}-{_key(source, tokenizer)}")
 
 
@@ -51,17 +59,47 @@ def open_or_build(
     """The token stream of a source, built where it is not there yet.
 
     `num_workers` processes tokenise (0: this process). `is_first` is true for process 0 of a run:
-    the others leave it a few seconds to begin. Raises ValueError where the cache can be neither
-    read nor written, and TimeoutError where the process that builds shows no sign of life for
-    `patience` seconds.
+    the others leave it a few seconds to begin. What is damaged in a finished cache is built again.
+    Raises ValueError where the cache can be neither read nor written, and TimeoutError where the
+    process that builds shows no sign of life for `patience` seconds.
     """
+    check_workers(num_workers)
+    source = _found(source)
     folder = cache_folder(source, tokenizer, cache_dir)
+    if _is_finished(folder):
+        with contextlib.suppress(FileNotFoundError):  # the mark is off
+            _take_mark_off_damage(folder)
     if not _is_finished(folder):
         _make_folder(folder)
         _build_or_wait(
             source, tokenizer, folder, num_workers=num_workers, is_first=is_first, patience=patience
         )
     return TokenStream.open(folder, documents=documents)
+
+
+def check_workers(count: int) -> None:
+    if count < 0:
+        raise ValueError(f"num_workers={count} (TOKENIZE_WORKERS) must be 0 (this process) or more")
+
+
+def _take_mark_off_damage(folder: str) -> None:
+    """Makes a finished cache of which files are missing or cut off an unfinished one."""
+    while found := damage(folder):
+        try:
+            with _lock(folder) as mine:
+                if mine and (found := damage(folder)):
+                    print(
+                        f"the token cache {folder} is damaged ({found}): building it again",
+                        flush=True,
+                    )
+                    os.remove(os.path.join(folder, FINISHED))
+                if mine:
+                    return
+        except FileNotFoundError:
+            raise
+        except OSError:
+            raise damaged(folder, found) from None
+        time.sleep(0.2)
 
 
 def _build_or_wait(source, tokenizer, folder, *, num_workers, is_first, patience) -> None:
@@ -91,9 +129,9 @@ def _build_or_wait(source, tokenizer, folder, *, num_workers, is_first, patience
 def _build(source, tokenizer, folder: str, *, num_workers: int) -> None:
     """Writes the missing shards, then the marker."""
     parts = source.parts()
-    missing = [i for i in range(len(parts)) if not os.path.exists(shard_path(folder, i) + ".json")]
-    _remove_leftovers(folder)
     dtype = np.dtype(np.uint16 if _largest_id(tokenizer) < 1 << 16 else np.uint32)
+    missing = [i for i in range(len(parts)) if not _is_whole(folder, i, dtype)]
+    _remove_leftovers(folder)
     total = sum(part.size for part in parts)
     done = total - sum(parts[i].size for i in missing)
     with Progress(f"tokenising {source.name}", unit="tokens") as progress:
@@ -144,6 +182,8 @@ def _run(source, tokenizer, folder, parts, missing, dtype, num_workers, progress
                 show()
                 _touch(folder)
                 for future in finished:
+                    if isinstance(error := future.exception(), ValueError):
+                        raise ValueError(str(error)) from error  # one line, as in this process
                     future.result()
                     yield running.pop(future)
         finally:
@@ -160,7 +200,7 @@ def _write_shard(source, tokenizer, folder, index, part, dtype, show=None) -> No
     try:
         with open(f"{temporary}.tokens.tmp", "wb") as file:
             _write_header(file, dtype, 0)
-            for texts in _batches(source.read(part)):
+            for texts in _batches(_read(source, part)):
                 encoded = tokenizer.encode_batch(texts, num_threads=threads)
                 lengths = np.fromiter((len(ids) + 1 for ids in encoded), np.int64, len(encoded))
                 for ids in encoded:
@@ -190,6 +230,14 @@ def _write_shard(source, tokenizer, folder, index, part, dtype, show=None) -> No
     os.replace(f"{temporary}.ends.tmp", f"{path}.ends.npy")
     documents = sum(map(len, ends))
     _write_json(f"{path}.json", {"tokens": tokens, "documents": documents, "crc": crc})
+
+
+def _read(source: DocumentSource, part: Part) -> Iterator[str]:
+    """The documents of a part; what fails here is no fault of the cache."""
+    try:
+        yield from source.read(part)
+    except OSError as error:
+        raise ValueError(f"{source.name} cannot be read: {error}") from error
 
 
 def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
@@ -230,6 +278,10 @@ def _lock(folder: str) -> Iterator[bool]:
             fcntl.flock(file, fcntl.LOCK_UN)
 
 
+def _found(source: DocumentSource) -> DocumentSource:
+    return source.found if isinstance(source, Files) else source
+
+
 def _key(source: DocumentSource, tokenizer: Tokenizer) -> str:
     facts = {
         "format": _FORMAT,
@@ -250,6 +302,15 @@ def _slug(name: str) -> str:
 
 def _is_finished(folder: str) -> bool:
     return os.path.exists(os.path.join(folder, FINISHED))
+
+
+def _is_whole(folder: str, index: int, dtype: np.dtype) -> bool:
+    """Whether a shard is written, and its files are there in full."""
+    try:
+        facts = _read_json(shard_path(folder, index) + ".json")
+        return not shard_damage(folder, index, facts["tokens"], facts["documents"], dtype)
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
 
 
 def _make_folder(folder: str) -> None:

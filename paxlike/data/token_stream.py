@@ -12,11 +12,13 @@ import itertools
 import json
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
 FINISHED = "cache.json"  # its presence says that the cache is whole
+_HEADER_BYTES = 128  # of .npy files of one axis
 _OPEN_SHARDS = 160  # two files each; the usual limit of a process is 1024
 
 
@@ -35,9 +37,13 @@ class TokenStream:
 
     @classmethod
     def open(cls, folder: str, *, documents: tuple[float, float] = (0.0, 1.0)) -> "TokenStream":
-        """Opens a finished cache; `documents` (low, high) keeps that fraction of the documents."""
-        with open(os.path.join(folder, FINISHED)) as file:
-            facts = json.load(file)
+        """Opens a finished cache; `documents` (low, high) keeps that fraction of the documents.
+
+        Raises ValueError where the cache is damaged, FileNotFoundError where it is not finished.
+        """
+        if found := damage(folder):
+            raise damaged(folder, found)
+        facts = _read_facts(folder)
         shards = tuple((tokens, count) for tokens, count in facts["shards"])
         total = sum(count for _, count in shards)
         first, last = (round(fraction * total) for fraction in documents)
@@ -103,7 +109,10 @@ class TokenStream:
         path = shard_path(self.folder, shard)
         names = f"{path}.tokens.npy", f"{path}.ends.npy"
         # As plain arrays over the mapped files: slicing np.memmap costs several times more.
-        tokens, ends = (np.asarray(np.load(name, mmap_mode="r")) for name in names)
+        try:
+            tokens, ends = (np.asarray(np.load(name, mmap_mode="r")) for name in names)
+        except (OSError, ValueError, EOFError) as error:
+            raise damaged(self.folder, " ".join(str(error).split())) from error
         return tokens, ends
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
@@ -127,3 +136,47 @@ class TokenStream:
 
 def shard_path(folder: str, index: int) -> str:
     return os.path.join(folder, f"shard_{index:05d}")
+
+
+def damage(folder: str) -> str | None:
+    """What is wrong with a finished cache, by the sizes of its files; None: nothing seen.
+
+    Raises FileNotFoundError where it is not finished.
+    """
+    try:
+        facts = _read_facts(folder)
+        dtype = np.dtype(facts["dtype"])
+        shards = [(int(tokens), int(documents)) for tokens, documents in facts["shards"]]
+        facts["digest"]
+    except (ValueError, TypeError, KeyError) as error:
+        return f"{FINISHED}: {type(error).__name__}: {error}"
+    found = (shard_damage(folder, i, *sizes, dtype) for i, sizes in enumerate(shards))
+    return next(filter(None, found), None)
+
+
+def shard_damage(
+    folder: str, index: int, tokens: int, documents: int, dtype: np.dtype
+) -> str | None:
+    """What is wrong with the files of a shard of so many tokens and documents; None: nothing."""
+    path = shard_path(folder, index)
+    wanted = {
+        f"{path}.tokens.npy": _HEADER_BYTES + tokens * dtype.itemsize,
+        f"{path}.ends.npy": _HEADER_BYTES + documents * 8,
+    }
+    for name, size in wanted.items():
+        try:
+            there = os.path.getsize(name)
+        except FileNotFoundError:
+            return f"{os.path.basename(name)} is gone"
+        if there != size:
+            return f"{os.path.basename(name)} has {there} bytes of {size}"
+    return None
+
+
+def damaged(folder: str, found: str) -> ValueError:
+    return ValueError(f"the token cache {folder} is damaged ({found}): delete it")
+
+
+def _read_facts(folder: str) -> dict[str, Any]:
+    with open(os.path.join(folder, FINISHED)) as file:
+        return json.load(file)

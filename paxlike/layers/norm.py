@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from paxlike.ops import platform
 from paxlike.ops.te_fused import Norm
 
 
@@ -25,13 +26,15 @@ class LayerNorm(nn.Module):
 
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
         norm = self.parts(x)
-        wide = x.astype(jnp.float32)
-        mean = jnp.mean(wide, axis=-1, keepdims=True)
-        variance = jnp.mean(jnp.square(wide - mean), axis=-1, keepdims=True)
-        y = (wide - mean) * jax.lax.rsqrt(variance + self.epsilon) * (1.0 + norm.gain)
-        if norm.bias is not None:
-            y = y + norm.bias
-        return y.astype(self.dtype)
+
+        def layer_norm(x, gain, bias):
+            wide = x.astype(jnp.float32)
+            mean = jnp.mean(wide, axis=-1, keepdims=True)
+            variance = jnp.mean(jnp.square(wide - mean), axis=-1, keepdims=True)
+            y = (wide - mean) * jax.lax.rsqrt(variance + self.epsilon) * (1.0 + gain)
+            return (y if bias is None else y + bias).astype(self.dtype)
+
+        return _keeping_input(layer_norm)(x, norm.gain, norm.bias)
 
     @nn.compact
     def parts(self, x: Float[Array, "... d"]) -> Norm:
@@ -53,14 +56,13 @@ class RMSNorm(nn.Module):
     dtype: str = "float32"
 
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-        scale = self.parts(x).gain + (1.0 if self.zero_centered else 0.0)
-        wide = x.astype(jnp.float32)
-        y = (
-            wide
-            * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
-            * scale
-        )
-        return y.astype(self.dtype)
+        def rms_norm(x, gain):
+            scale = gain + (1.0 if self.zero_centered else 0.0)
+            wide = x.astype(jnp.float32)
+            mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+            return (wide * jax.lax.rsqrt(mean_square + self.epsilon) * scale).astype(self.dtype)
+
+        return _keeping_input(rms_norm)(x, self.parts(x).gain)
 
     @nn.compact
     def parts(self, x: Float[Array, "... d"]) -> Norm:
@@ -68,6 +70,19 @@ class RMSNorm(nn.Module):
         init = nn.initializers.zeros if self.zero_centered else nn.initializers.ones
         gain = _vector(self, "scale", init, x)
         return Norm(gain, None, "rmsnorm", self.zero_centered, self.epsilon)
+
+
+def _keeping_input(norm):
+    """`norm`, whose backward pass is left the input alone, not what is made of it in float32 on the way.
+
+    A policy of rematerialisation that keeps everything would keep that, several times the input. (On a CPU the time to
+    make it again is dearer than the memory.)
+    """
+    if platform.is_cpu():
+        return norm
+    kept = jax.custom_vjp(norm)
+    kept.defvjp(lambda *args: (norm(*args), args), lambda args, dy: jax.vjp(norm, *args)[1](dy))
+    return kept
 
 
 def _vector(module: nn.Module, name: str, init, x) -> jax.Array:

@@ -57,6 +57,15 @@ def test_the_pile(folder):
     assert record["pile_set_name"] == b"Tiny"
 
 
+def test_a_shard_of_the_pile_that_is_cut_off_is_named(tmp_path):
+    for name in ("00", "val", "test"):
+        line = json.dumps({"text": f"text {name}", "meta": {}}).encode()
+        data = zstandard.compress(line)
+        (tmp_path / f"{name}.jsonl.zst").write_bytes(data[:-1] if name == "val" else data)
+    with pytest.raises(ValueError, match=r"/val\.jsonl\.zst ends in the middle of its data"):
+        prepare(ThePile, data_dir=str(tmp_path / "tfds"), source=str(tmp_path))
+
+
 def test_lambada_and_boolq(folder):
     assert sorted(read(TfdsSource("my_lambada", "test", folder))) == [
         f"passage {i}" for i in range(3)

@@ -18,7 +18,7 @@ from paxlike.data.batch_iterator import BatchIterator
 from paxlike.data.loader import Loader
 from paxlike.data.mixtures import Mixture
 from paxlike.data.placement import Placement
-from paxlike.data.sources import JsonLines
+from paxlike.data.sources import Files, JsonLines
 from paxlike.data.statistics import unigram_entropy, unigram_entropy_of
 from paxlike.data.synthetic import SyntheticTokens
 from paxlike.data.tokenizers import ByteTokenizer
@@ -168,7 +168,7 @@ def test_spec_is_what_comes(loader):
 
 
 def test_spec_needs_no_data():
-    loader = Loader(JsonLines("/nowhere/*.jsonl"), 8, TOKENIZER)
+    loader = Loader(Files("/nowhere/*.jsonl"), 8, TOKENIZER)
     assert loader.spec(2)["tokens"].shape == (2, 8)
     with pytest.raises(ValueError, match="no file matches '/nowhere"):
         loader.num_examples()
@@ -303,6 +303,7 @@ def test_no_thread_is_left_behind(loader):
     "change, message",
     [
         ({"seq_len": 0}, "seq_len=0 must be at least 1"),
+        ({"num_workers": -1}, r"num_workers=-1 \(TOKENIZE_WORKERS\) must be 0"),
         ({"packing": "tight"}, "packing='tight' is none of packed, concatenated, documents"),
         ({"documents": (0.5, 0.2)}, r"documents=\(0.5, 0.2\) must be"),
         ({"tokenizer": None}, "JsonLines gives text: pass a tokenizer"),

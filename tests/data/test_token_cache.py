@@ -12,7 +12,7 @@ import pytest
 from data.data_helpers import TEXTS, write_json_lines
 
 from paxlike.data import prepare, token_cache
-from paxlike.data.sources import JsonLines
+from paxlike.data.sources import JsonLines, TextFiles
 from paxlike.data.token_cache import cache_folder, open_or_build
 from paxlike.data.token_stream import TokenStream
 from paxlike.data.tokenizers import ByteTokenizer
@@ -35,7 +35,7 @@ class Breaking(JsonLines):
         for text in super().read(part):
             yield text
             if number == self.breaks_at and os.path.exists(self.broken):
-                raise OSError(28, "No space left on device")
+                raise OSError(5, "Input/output error")
 
 
 @pytest.fixture
@@ -87,14 +87,27 @@ def test_ids_take_two_bytes_or_four(source, tmp_path):
     assert size == {2, 4}
 
 
-def test_interrupted_it_goes_on_at_the_first_missing_part(tmp_path):
+@pytest.mark.parametrize(
+    "breaks_at, message",
+    [
+        (2, "json_lines cannot be read: .*Input/output error"),
+        (-1, "cannot write the token cache in .*No space left"),
+    ],
+)
+def test_interrupted_it_goes_on_at_the_first_missing_part(
+    tmp_path, monkeypatch, breaks_at, message
+):
     path, broken, log = (str(tmp_path / name) for name in ("a.jsonl", "broken", "log"))
     write_json_lines(tmp_path / "a.jsonl", TEXTS * 5)
-    source = Breaking(path, part_bytes=100, broken=broken, log=log)
+    source = Breaking(path, part_bytes=100, breaks_at=breaks_at, broken=broken, log=log)
     open(broken, "w").close()
-    with pytest.raises(
-        ValueError, match="cannot write the token cache in .*No space left"
-    ) as error:
+
+    def full_disk(fd):
+        if pathlib.Path(log).read_text().endswith("2\n") and os.path.exists(broken):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(ValueError, match=message) as error:
         open_or_build(source, TOKENIZER, str(tmp_path / "cache"))
     assert "\n" not in str(error.value)
     folder = cache_folder(source, TOKENIZER, str(tmp_path / "cache"))
@@ -106,6 +119,34 @@ def test_interrupted_it_goes_on_at_the_first_missing_part(tmp_path):
     reads = pathlib.Path(log).read_text().split()
     assert reads == ["0", "1", "2", *map(str, range(2, len(stream.shards)))]
     assert not [name for name in os.listdir(folder) if name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize(
+    "name, size, message",
+    [
+        ("shard_00001.tokens.npy", 130, "shard_00001.tokens.npy has 130 bytes of "),
+        ("shard_00000.ends.npy", 0, "shard_00000.ends.npy has 0 bytes of "),
+        ("shard_00002.tokens.npy", None, "shard_00002.tokens.npy is gone"),
+        ("cache.json", 9, "cache.json: JSONDecodeError"),
+    ],
+)
+def test_what_is_damaged_is_built_again(source, tmp_path, capsys, name, size, message):
+    whole = open_or_build(source, TOKENIZER, str(tmp_path / "cache"))
+    path = f"{whole.folder}/{name}"
+    os.remove(path) if size is None else os.truncate(path, size)
+    with pytest.raises(ValueError, match=r"the token cache .* is damaged \(.*\): delete it"):
+        TokenStream.open(whole.folder)
+    capsys.readouterr()
+    stream = open_or_build(source, TOKENIZER, str(tmp_path / "cache"))
+    assert f"{whole.folder} is damaged ({message}" in capsys.readouterr().out
+    assert stream == whole
+    assert stream.tokens(0, stream.num_tokens).tolist() == expected(TEXTS * 5)
+    if name.endswith("tokens.npy"):  # damaged after it was opened
+        with open(path, "rb+") as file:
+            file.write(b"?" * 20)
+        with pytest.raises(ValueError, match="is damaged .*: delete it"):
+            again = TokenStream.open(whole.folder)
+            again.tokens(0, again.num_tokens)
 
 
 def test_killed_while_it_builds(tmp_path):
@@ -168,6 +209,10 @@ def test_worker_processes_give_the_same_files(source, tmp_path):
     ]
     assert streams[0].digest == streams[1].digest
     assert streams[0].shards == streams[1].shards
+    (tmp_path / "a.txt.gz").write_bytes(b"text")
+    with pytest.raises(ValueError, match="a.txt.gz cannot be read: Not a gzipped file") as error:
+        open_or_build(TextFiles(f"{tmp_path}/a.txt.gz"), TOKENIZER, str(tmp_path), num_workers=1)
+    assert error.traceback[-1].path == pathlib.Path(token_cache.__file__)  # so main.py shows a line
 
 
 def test_waiting_for_a_process_that_does_nothing(source, tmp_path):
@@ -223,8 +268,10 @@ def test_command_builds_what_the_loader_reads(source, tmp_path, capsys):
     assert json.loads(pathlib.Path(folder, "cache.json").read_text())["documents"] == 25
     with pytest.raises(SystemExit, match="error: no file matches"):
         prepare.main(["--input", "/none/*.jsonl", *arguments])
-    with pytest.raises(SystemExit, match="error: .* mixes JSON lines and other files"):
-        prepare.main(["--input", "a.jsonl,b.txt", *arguments])
+    with pytest.raises(SystemExit, match=r"error: num_workers=-1 \(TOKENIZE_WORKERS\) must be 0"):
+        prepare.main(["--input", source.paths, *arguments, "--workers", "-1"])
+    with pytest.raises(SystemExit, match="error: .* is a folder: write "):
+        prepare.main(["--input", str(tmp_path), *arguments])
 
 
 def test_progress_is_lines_where_there_is_no_terminal(source, tmp_path, capsys):

@@ -65,6 +65,24 @@ def test_a_mean_far_from_zero_does_not_spoil_the_variance():
     np.testing.assert_allclose(y, expected, atol=2e-3)
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_elsewhere_than_on_a_cpu_the_backward_pass_is_left_the_input_alone(name, monkeypatch):
+    layer, x = LAYERS[name](dtype="bfloat16"), jnp.asarray(_normal(8, 16), "bfloat16")
+    variables, dy = layer.init(jax.random.key(0), x), jnp.asarray(_normal(8, 16), "bfloat16")
+
+    def gradients():
+        y, pull = jax.vjp(layer.apply, variables, x)
+        kept = [a for a in jax.tree.leaves(pull) if a.size == x.size]
+        return (y, *pull(dy)), {a.dtype.name for a in kept}
+
+    expected, kept = gradients()
+    assert "float32" in kept
+    monkeypatch.setattr("paxlike.ops.platform.is_cpu", lambda: False)
+    found, kept = gradients()
+    assert kept == {"bfloat16"}
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 def _expected(name, x, params, epsilon):
     x = np.asarray(x, np.float64)
     if name == "rms":

@@ -6,16 +6,15 @@ each line `{"text": ..., "meta": {"pile_set_name": ...}}`.
 """
 
 import glob
-import io
 import json
 import os
 from collections.abc import Iterator
 from typing import Any
 
 import tensorflow_datasets as tfds
-import zstandard
 
 from paxlike.data.builders.local_builder import LocalBuilder, texts
+from paxlike.data.files import open_zst
 
 _URL = "https://the-eye.eu/public/AI/pile"
 _NUM_SHARDS = 30
@@ -54,11 +53,8 @@ class ThePile(LocalBuilder, skip_registration=True):  # type: ignore[call-arg]
     def _generate_examples(self, paths: list[Any]) -> Iterator[tuple[str, dict[str, str]]]:
         for shard, path in enumerate(paths):
             # Not by the ending of the name, which a download may have lost.
-            with open(path, "rb") as file:
-                reader = zstandard.ZstdDecompressor(max_window_size=2**31).stream_reader(
-                    file, read_across_frames=True
-                )
-                for number, line in enumerate(io.BufferedReader(reader, 1 << 20)):
+            with open_zst(os.fspath(path)) as lines:
+                for number, line in enumerate(lines):
                     record = json.loads(line)
                     name = record.get("meta", {}).get("pile_set_name", "")
                     yield f"{shard}/{number}", {"text": record["text"], "pile_set_name": name}
