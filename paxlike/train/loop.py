@@ -191,12 +191,7 @@ class _Run:
                         skipped=skipped,
                     )
                     if in_a_row == experiment.max_skipped_steps:
-                        raise ValueError(
-                            f"step {done:,} is the last of {in_a_row:,} that were skipped, one after the other: "
-                            "nothing is learned any more. The newest checkpoint is of step "
-                            f"{checkpointer.latest_step() or 0:,}; lower LEARNING_RATE, or see --mode=replay; "
-                            "MAX_SKIPPED_STEPS=None never gives up"
-                        )
+                        raise _gave_up(done, in_a_row, checkpointer.newest_before(done))
 
         def evaluate(done: int) -> bool:
             """The evaluation of this step; False where it was given up because the run is to stop."""
@@ -470,6 +465,14 @@ class _Run:
                 step=done,
                 stall_seconds=round(checkpointer.last_stall_seconds, 4),
             )
+
+
+def _gave_up(done: int, in_a_row: int, newest: int | None) -> ValueError:
+    there = "no checkpoint" if newest is None else f"the checkpoint of step {newest:,}"
+    return ValueError(
+        f"step {done:,} is the last of {in_a_row:,} that were skipped, one after the other: nothing is learned any "
+        f"more. There is {there}; lower LEARNING_RATE, or see --mode=replay; MAX_SKIPPED_STEPS=None never gives up"
+    )
 
 
 def _max_in_flight() -> int:

@@ -131,7 +131,7 @@ def test_an_overflow_is_recorded_and_its_module_named(tmp_path, alone, capsys):
     run = experiment(0, **unrolled)
     plant(run, tmp_path, "ffn/ffn1", 3e38)
     # Nothing but skipped steps follow: the run gives up, and what was due at step 8 has not been saved.
-    with pytest.raises(ValueError, match="step 10 is the last of 5 .* checkpoint is of step 5;"):
+    with pytest.raises(ValueError, match="step 10 is the last of 5 .* the checkpoint of step 5;"):
         run.train(str(tmp_path))
     assert [path.name for path in (tmp_path / "checkpoints").glob("c*")] == ["checkpoint_00000005"]
     spike = json.loads((tmp_path / "spikes" / "step_00000006" / "spike.json").read_text())
