@@ -10,6 +10,7 @@ planned for hardware that is not here. `--fdl_help` explains a config.
 import json
 import os
 import pathlib
+import re
 import shlex
 import signal
 import sys
@@ -110,6 +111,13 @@ def main(argv: list[str]) -> int:
     if request.help:
         print(flags.help_page(request, os.environ, color=sys.stdout.isatty()))
         return 0
+    if not (request.config or request.config_file):
+        flags.resolve(request)  # says how to name one
+    for name in ("job_log_dir", "checkpoint", "prompt_file"):
+        if absl_flags.FLAGS[name].value == "":
+            raise flags.UsageError(
+                f"--{name}= is empty: leave it out, or set the variable that it was to come from"
+            )
     if JOB_LOG_DIR.value is None and MODE.value not in ("plan", "check"):
         raise flags.UsageError(
             "--job_log_dir=DIR is missing: the folder for checkpoints, logs and results"
@@ -235,8 +243,26 @@ def _run(resolved) -> int:
     return code
 
 
+def _out_of_memory(error: BaseException) -> str:
+    """What to say where a device could not hold an array; empty for any other error."""
+    if not isinstance(error, RuntimeError) or "RESOURCE_EXHAUSTED" not in str(error):
+        return ""
+    found = re.search(r"allocat\w*\s+(\d[\d.]*)\s?(\w+)", str(error))
+    wanted = " left"
+    if found:
+        number, unit = found.groups()
+        size = f"{float(number) / 2**30:,.2f} GiB" if unit == "bytes" else f"{number} {unit}"
+        wanted = f" for {size}"
+    return (
+        f"a device has no memory{wanted}: --mode=plan with the same flags says what a step takes, and --search with it "
+        "which mesh, microbatches and remat policy fit"
+    )
+
+
 def _describe(error: BaseException) -> str:
     """An error in one line, with the traceback where it is not paxlike's own."""
+    if out_of_memory := _out_of_memory(error):
+        return f"error: {out_of_memory}"
     known = isinstance(error, ValueError | OSError)
     text = f"error: {error}" if known else ""
     if not known or not _is_for_the_user(error):
@@ -300,7 +326,10 @@ def _plan(argv: list[str], environ: dict[str, str], resolved) -> int:
 
 
 def _check(resolved) -> int:
-    """Prints the mesh and the batch of a config that fits the devices, as JSON; takes no device."""
+    """Prints the mesh and the batch of a config that is right and fits the devices, as JSON; takes no device."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # as in a plan
     experiment = _build(resolved)
     mesh = experiment.mesh
     if DEVICES.value is not None and DEVICES.value < 1:
@@ -308,6 +337,7 @@ def _check(resolved) -> int:
     if DEVICES.value is not None or -1 not in mesh.ici:
         experiment = experiment.on_devices(DEVICES.value or mesh.num_devices)
         mesh = experiment.mesh
+    experiment.check_anywhere()
     found = {"config": experiment.name, "axes": mesh.axes, "ici": mesh.ici, "dcn": mesh.dcn}
     if -1 not in mesh.ici:
         found |= {"devices": mesh.num_devices, "global_batch_size": experiment.global_batch_size}
@@ -391,6 +421,9 @@ if __name__ == "__main__":
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
         sys.exit(code)
-    except (flags.UsageError, ValueError, OSError) as error:  # OSError: files, disks, time-outs
+    # OSError: files, disks, time-outs. RuntimeError: of jax, where a device has no memory.
+    except (ValueError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _out_of_memory(error):
+            raise
         print(_describe(error), file=sys.stderr)
         sys.exit(2)

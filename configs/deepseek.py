@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import fiddle as fdl
 
+from configs.bounds import AtLeast
 from configs.knobs import replace
 from configs.llama import BaseLLaMA
 from configs.moe import MoEKnobs
@@ -22,13 +23,15 @@ from paxlike.weights import DeepSeekWeights
 class DeepSeekKnobs(MoEKnobs, BaseLLaMA, abstract=True):
     """The DeepSeek model."""
 
-    FIRST_DENSE_LAYERS: Annotated[int, "layers without experts, the first ones"] = 1
+    FIRST_DENSE_LAYERS: Annotated[int, "layers without experts, the first ones", AtLeast(0)] = 1
     QUERY_RANK: Annotated[
-        int | None, "width between the two projections of queries; None: one projection"
+        int | None, "width between the two projections of queries; None: one projection", AtLeast(1)
     ] = None
-    KEY_RANK: Annotated[int, "width of the vector that keys and values are made of"] = 512
-    ROPE_DIMS_PER_HEAD: Annotated[int, "features of a head that positions turn"] = 64
-    VALUE_DIMS_PER_HEAD: Annotated[int, "size of a value"] = 128
+    KEY_RANK: Annotated[int, "width of the vector that keys and values are made of", AtLeast(1)] = (
+        512
+    )
+    ROPE_DIMS_PER_HEAD: Annotated[int, "features of a head that positions turn", AtLeast(1)] = 64
+    VALUE_DIMS_PER_HEAD: Annotated[int, "size of a value", AtLeast(1)] = 128
     DIMS_PER_HEAD = 192
     ROPE_LAYOUT = "interleaved"
     RMS_NORM_EPSILON = 1e-6

@@ -12,6 +12,7 @@ mistake is a UsageError: one line with what was given, what is wanted, and the n
 """
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -75,9 +76,14 @@ def parse_absl(argv: Sequence[str], flag_values: Any = None) -> list[str]:
     except absl_flags.UnrecognizedFlagError as error:
         raise UsageError(_unknown_flag(error.flagname, flag_values)) from error
     except absl_flags.Error as error:
-        raise UsageError(
-            " ".join(str(error).split()) + _nearest_choice(error, flag_values)
-        ) from error
+        text = " ".join(str(error).split())
+        # absl shows the arguments of its own exception.
+        text = re.sub(
+            r"\('Non-boolean argument to boolean flag', '(.*)'\)",
+            r"true or false wanted, got \1",
+            text,
+        )
+        raise UsageError(text + _nearest_choice(error, flag_values)) from error
     if positional[1:]:
         raise UsageError(
             f"unexpected argument {positional[1]!r}; flags are written --name=value (see --help)"

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import fiddle as fdl
 from flax import linen as nn
 
+from configs.bounds import AtLeast
 from configs.data import EvaluatesOnly, SyntheticData
 from configs.moe import MoEKnobs
 from paxlike.layers.attention import Attention
@@ -22,10 +23,10 @@ from paxlike.models.decoder import Decoder
 class GLaMKnobs(MoEKnobs, abstract=True):
     """The GLaM model."""
 
-    RMS_NORM_EPSILON: Annotated[float, "added to the mean square"] = 1e-6
-    RELATIVE_BUCKETS: Annotated[int, "ranges of distance with a bias of their own in attention"] = (
-        32
-    )
+    RMS_NORM_EPSILON: Annotated[float, "added to the mean square", AtLeast(0)] = 1e-6
+    RELATIVE_BUCKETS: Annotated[
+        int, "ranges of distance with a bias of their own in attention", AtLeast(1)
+    ] = 32
     COMBINE_QKV = False
     EXPERT_CAPACITY_FACTOR = 2.0
     BALANCE_FIRST_CHOICES = True
@@ -37,7 +38,6 @@ class GLaM(GLaMKnobs, abstract=True):
 
     def model(self) -> fdl.Config[Any]:
         """A decoder of blocks with experts and dense ones in turn."""
-        self.check_sizes()
         if self.NUM_LAYERS % 2:
             raise ValueError(
                 f"NUM_LAYERS={self.NUM_LAYERS} is odd: every other layer has experts, use an even number"

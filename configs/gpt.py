@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import fiddle as fdl
 
+from configs.bounds import AtLeast
 from configs.data import EvaluatesOnly, SyntheticData
 from configs.transformer import QuickstartRun, TransformerKnobs
 from paxlike.layers.attention import Attention
@@ -25,12 +26,11 @@ class GPT(TransformerKnobs, abstract=True):
     )
     USE_BIAS: Annotated[bool, "biases in attention and feed-forward layers"] = True
     TRAINABLE_POSITION_EMB: Annotated[bool, "learned positions; False: none"] = True
-    LAYERNORM_EPSILON: Annotated[float, "added to the variance"] = 1e-5
+    LAYERNORM_EPSILON: Annotated[float, "added to the variance", AtLeast(0)] = 1e-5
     INIT_STD = 0.023
 
     def model(self) -> fdl.Config[Any]:
         """A pre-norm decoder."""
-        self.check_sizes()
         return fdl.Config(
             Decoder,
             embedding=self.table(),

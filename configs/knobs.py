@@ -8,11 +8,12 @@
         '''GPT-3 5B on the Pile.'''
         NUM_LAYERS = 24
 
-A knob is declared once, with its type and its meaning; classes below only give another value. A
-name that no base declares, or a value of another type, is refused where it is written: when the
-class is made. Config classes are frozen keyword-only dataclasses; with several bases a value is
-looked up as Python looks up any attribute (plain dataclasses do not: in a diamond, a default that
-one base merely inherits wins over the value that another base sets).
+A knob is declared once, with its type, its meaning and its bounds (`configs.bounds`); classes below
+only give another value. A name that no base declares, a value of another type or one out of bounds
+is refused where it is written: when the class is made. Config classes are frozen keyword-only
+dataclasses; with several bases a value is looked up as Python looks up any attribute (plain
+dataclasses do not: in a diamond, a default that one base merely inherits wins over the value that
+another base sets).
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ import typing
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, TypeVar
 
+from configs.bounds import Bound, complaint
 from configs.cli import values
 from configs.cli.values import UsageError
 from paxlike.nearest import did_you_mean
@@ -49,6 +51,7 @@ class Knob:
     group: str  # first line of the docstring of the class that declares it
     defined_in: str  # name of the class that gives the default
     declared_default: Any  # what the declaring class gives, to tell what a config changes
+    bounds: tuple[Bound, ...] = ()
 
 
 @typing.dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -56,7 +59,7 @@ class Knobs:
     """Base of all config classes; see the module."""
 
     _abstract: ClassVar[bool] = True
-    _declared: ClassVar[dict[str, tuple[Any, str]]]
+    _declared: ClassVar[dict[str, tuple[Any, str, tuple[Bound, ...]]]]
 
     def __init_subclass__(cls, *, abstract: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -88,7 +91,8 @@ class Knobs:
             if value is REQUIRED:
                 wanted = f"{knob.name}, {values.describe(knob.type)}: {knob.meaning}"
                 raise UsageError(f"{type(self).__name__} needs a value for {wanted}")
-            value = _converted(f"{type(self).__name__}.{knob.name}", value, knob.type, knob.default)
+            where = f"{type(self).__name__}.{knob.name}"
+            value = _converted(where, value, knob.type, knob.bounds, knob.default)
             object.__setattr__(self, knob.name, value)
         self.__post_init__()
 
@@ -115,8 +119,9 @@ def knobs(cls: type[Knobs]) -> list[Knob]:
                 (base for base in cls.__mro__ if name in vars(base)), declared_in
             ).__name__,
             declared_default=_default(declared_in, name),
+            bounds=bounds,
         )
-        for name, kind, meaning, declared_in in _declarations(cls)
+        for name, kind, meaning, bounds, declared_in in _declarations(cls)
     ]
 
 
@@ -142,8 +147,8 @@ def title(cls: type) -> str:
     return lines[0].removesuffix(".")
 
 
-def _own_declarations(cls: type) -> dict[str, tuple[Any, str]]:
-    """name -> (type, meaning) of the knobs that the body of `cls` annotates."""
+def _own_declarations(cls: type) -> dict[str, tuple[Any, str, tuple[Bound, ...]]]:
+    """name -> (type, meaning, bounds) of the knobs that the body of `cls` annotates."""
     try:
         annotations = inspect.get_annotations(cls, eval_str=True)
     except NameError as error:
@@ -157,10 +162,8 @@ def _own_declarations(cls: type) -> dict[str, tuple[Any, str]]:
             raise UsageError(
                 f"{where}: knobs are upper case; write {name.upper()}, or ClassVar[...] for no knob"
             )
-        meaning = next(
-            (note for note in getattr(annotation, "__metadata__", ()) if isinstance(note, str)),
-            None,
-        )
+        notes = getattr(annotation, "__metadata__", ())
+        meaning = next((note for note in notes if isinstance(note, str)), None)
         if typing.get_origin(annotation) is not Annotated or not meaning:
             shown = values.describe(annotation)
             raise UsageError(
@@ -173,7 +176,8 @@ def _own_declarations(cls: type) -> dict[str, tuple[Any, str]]:
                 f"{where}: {values.describe(kind)} cannot be typed on a command line; "
                 "knobs are int, float, bool, str, None, Literal, tuple, dict, and unions of these"
             )
-        declared[name] = (kind, meaning)
+        bounds = tuple(note for note in notes if isinstance(note, Bound))
+        declared[name] = (kind, meaning, bounds)
     return declared
 
 
@@ -204,29 +208,32 @@ def _refuse_strays(cls: type[Knobs]) -> None:
                 )
 
 
-def _declarations(cls: type) -> Iterator[tuple[str, Any, str, type]]:
-    """(name, type, meaning, declaring class) of all knobs; the nearest declaration counts."""
+def _declarations(cls: type) -> Iterator[tuple[str, Any, str, tuple[Bound, ...], type]]:
+    """(name, type, meaning, bounds, declaring class) of all knobs; the nearest declaration counts."""
     seen = set()
     for base in cls.__mro__:
-        for name, (kind, meaning) in vars(base).get("_declared", {}).items():
+        for name, (kind, meaning, bounds) in vars(base).get("_declared", {}).items():
             if name not in seen:
                 seen.add(name)
-                yield name, kind, meaning, base
+                yield name, kind, meaning, bounds, base
 
 
 def _default(cls: type, name: str) -> Any:
     """The value that `cls` gives to a knob, checked; REQUIRED where there is none."""
-    kind = next(kind for declared, kind, *_ in _declarations(cls) if declared == name)
+    kind, _, bounds = next(rest[:3] for declared, *rest in _declarations(cls) if declared == name)
     value = getattr(cls, name, REQUIRED)
     if value is REQUIRED:
         return REQUIRED
     inherited = next((vars(base)[name] for base in cls.__mro__[1:] if name in vars(base)), REQUIRED)
-    return _converted(f"{cls.__name__}.{name}", value, kind, inherited)
+    return _converted(f"{cls.__name__}.{name}", value, kind, bounds, inherited)
 
 
-def _converted(where: str, value: Any, kind: Any, now: Any) -> Any:
+def _converted(where: str, value: Any, kind: Any, bounds: tuple[Bound, ...], now: Any) -> Any:
+    default = "" if now is REQUIRED else f"; the default is {values.show(now)}"
     try:
-        return values.convert(value, kind)
+        converted = values.convert(value, kind)
     except values.WrongType as error:
-        default = "" if now is REQUIRED else f"; the default is {values.show(now)}"
         raise UsageError(f"{where}: {error}{default}") from error
+    if wrong := complaint(converted, bounds):
+        raise UsageError(f"{where}={values.show(converted)} {wrong}{default}")
+    return converted

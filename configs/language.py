@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 import fiddle as fdl
 
+from configs.bounds import Above, AtLeast, AtMost, Below
 from configs.cluster import ClusterKnobs
 from configs.data import DataKnobs
 from configs.knobs import Knobs
@@ -24,22 +25,28 @@ from paxlike.train.recorder import RecorderOptions
 class RunKnobs(Knobs):
     """Evaluation, checkpoints and logs."""
 
-    EVAL_INTERVAL_STEPS: Annotated[int, "steps between evaluations while training"] = 100
+    EVAL_INTERVAL_STEPS: Annotated[int, "steps between evaluations while training", AtLeast(0)] = (
+        100
+    )
     EVAL_ON_TEST: Annotated[bool, "evaluate EVAL_SETS while training"] = False
     BEST_METRIC: Annotated[
         str | None, "SET/METRIC whose best checkpoint is kept, as BoolQ/boolq_acc"
     ] = None
     BEST_MODE: Annotated[Literal["min", "max"], "what is best"] = "min"
     EARLY_STOPPING_PATIENCE: Annotated[
-        int, "stop after so many evaluations without a better BEST_METRIC, 0: never"
+        int, "stop after so many evaluations without a better BEST_METRIC, 0: never", AtLeast(0)
     ] = 0
-    EVAL_MAX_BATCHES: Annotated[int | None, "bound of one evaluation, in batches"] = None
+    EVAL_MAX_BATCHES: Annotated[int | None, "bound of one evaluation, in batches", AtLeast(1)] = (
+        None
+    )
     CHECKPOINT_EVERY_N_STEPS: Annotated[
-        int | None, "steps between checkpoints, None: only the last"
+        int | None, "steps between checkpoints, None: only the last", AtLeast(0)
     ] = 5000
-    CHECKPOINT_EVERY_MINUTES: Annotated[float | None, "minutes between checkpoints"] = None
-    CHECKPOINT_MAX_TO_KEEP: Annotated[int, "newest checkpoints that are kept"] = 10
-    CHECKPOINT_KEEP_EVERY_N_STEPS: Annotated[int | None, "keep these for ever"] = None
+    CHECKPOINT_EVERY_MINUTES: Annotated[float | None, "minutes between checkpoints", AtLeast(0)] = (
+        None
+    )
+    CHECKPOINT_MAX_TO_KEEP: Annotated[int, "newest checkpoints that are kept", AtLeast(1)] = 10
+    CHECKPOINT_KEEP_EVERY_N_STEPS: Annotated[int | None, "keep these for ever", AtLeast(0)] = None
     CHECKPOINT_CHECKSUMS: Annotated[
         bool, "checksum every file; False: sizes only, for huge ones"
     ] = True
@@ -64,30 +71,34 @@ class RunKnobs(Knobs):
     ] = 8.0
     SPIKE_WINDOW: Annotated[int, "steps that a loss is compared with"] = 100
     SPIKE_MAX: Annotated[int, "spikes of a run that are recorded in spikes/, 0: none"] = 10
-    SUMMARY_INTERVAL_STEPS: Annotated[int, "steps between log lines"] = 100
-    PROFILER_CAPTURE_STEP: Annotated[int | None, "first step of a profiler trace"] = None
-    PROFILER_NUM_STEPS: Annotated[int, "steps in the trace"] = 2
-    PEAK_TFLOPS: Annotated[float | None, "peak TFLOP/s of a device for MFU; None: chip table"] = (
+    SUMMARY_INTERVAL_STEPS: Annotated[int, "steps between log lines", AtLeast(1)] = 100
+    PROFILER_CAPTURE_STEP: Annotated[int | None, "first step of a profiler trace", AtLeast(1)] = (
         None
     )
+    PROFILER_NUM_STEPS: Annotated[int, "steps in the trace", AtLeast(1)] = 2
+    PEAK_TFLOPS: Annotated[
+        float | None, "peak TFLOP/s of a device for MFU; None: chip table", Above(0)
+    ] = None
 
 
 class DecodeKnobs(Knobs):
     """Decoding (--mode=decode)."""
 
-    DECODE_MAX_TOKENS: Annotated[int, "tokens of a continuation at most"] = 64
-    DECODE_TEMPERATURE: Annotated[float, "0: always the most likely token"] = 1.0
-    DECODE_TOP_K: Annotated[int, "choose among the k most likely, 0: all"] = 0
-    DECODE_TOP_P: Annotated[float, "choose among the most likely with this total probability"] = 1.0
-    DECODE_REPETITION_PENALTY: Annotated[float, "divides the scores of tokens that came before"] = (
-        1.0
-    )
+    DECODE_MAX_TOKENS: Annotated[int, "tokens of a continuation at most", AtLeast(1)] = 64
+    DECODE_TEMPERATURE: Annotated[float, "0: always the most likely token", AtLeast(0)] = 1.0
+    DECODE_TOP_K: Annotated[int, "choose among the k most likely, 0: all", AtLeast(0)] = 0
+    DECODE_TOP_P: Annotated[
+        float, "choose among the most likely with this total probability", Above(0), AtMost(1)
+    ] = 1.0
+    DECODE_REPETITION_PENALTY: Annotated[
+        float, "divides the scores of tokens that came before", Above(0)
+    ] = 1.0
     DECODE_STOP_STRINGS: Annotated[tuple[str, ...], "a continuation ends before any of these"] = ()
-    DECODE_NUM_SAMPLES: Annotated[int, "continuations of each prompt"] = 1
+    DECODE_NUM_SAMPLES: Annotated[int, "continuations of each prompt", AtLeast(1)] = 1
     DECODE_CHAT: Annotated[
         bool, "each prompt is a user's message, written as CHAT_TEMPLATE says"
     ] = False
-    DECODE_SEED: Annotated[int, "of the choices"] = 0
+    DECODE_SEED: Annotated[int, "of the choices", AtLeast(0), Below(2**32)] = 0
 
 
 class LanguageModelKnobs(
@@ -98,7 +109,7 @@ class LanguageModelKnobs(
     The base of causal language models on text: a family adds `model()`.
     """
 
-    VOCAB_SIZE: Annotated[int, "rows of the token table"] = 50304
+    VOCAB_SIZE: Annotated[int, "rows of the token table", AtLeast(1)] = 50304
 
     def model(self) -> fdl.Config[Any]:
         """The model of the family."""
@@ -120,6 +131,7 @@ class LanguageModelKnobs(
             mesh=fdl.Config(parallel.Mesh, ici=mesh.ici, dcn=mesh.dcn, axes=mesh.axes),
             rules=self.rules(),
             num_steps=self.MAX_STEPS,
+            max_skipped_steps=self.MAX_SKIPPED_STEPS,
             percore_batch_size=self.PERCORE_BATCH_SIZE,
             ramp=self.batch_growth(),
             zero=fdl.Config(parallel.Zero, stage=self.ZERO_STAGE, axes=self.ZERO_AXES),

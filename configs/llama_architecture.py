@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 import fiddle as fdl
 
+from configs.bounds import Above, AtLeast
 from configs.knobs import knobs
 from configs.transformer import TransformerKnobs
 from paxlike.layers.attention import Attention
@@ -37,10 +38,10 @@ _ROPE_RULES = {
 class LlamaKnobs(TransformerKnobs, abstract=True):
     """The LLaMA model."""
 
-    NUM_KV_HEADS: Annotated[int | None, "key/value heads; None: NUM_HEADS"] = None
+    NUM_KV_HEADS: Annotated[int | None, "key/value heads; None: NUM_HEADS", AtLeast(1)] = None
     USE_MQA: Annotated[bool, "one key/value head for all (NUM_KV_HEADS=1)"] = False
-    RMS_NORM_EPSILON: Annotated[float, "added to the mean square"] = 1e-5
-    ROPE_THETA: Annotated[float, "base of the rotary wavelengths"] = 10000.0
+    RMS_NORM_EPSILON: Annotated[float, "added to the mean square", AtLeast(0)] = 1e-5
+    ROPE_THETA: Annotated[float, "base of the rotary wavelengths", Above(0)] = 10000.0
     ROPE_LAYOUT: Annotated[
         Literal["half", "interleaved"],
         "pairs of features: Hugging Face's, or Meta's and Pax's; imported weights are turned to it",
@@ -55,7 +56,9 @@ class LlamaKnobs(TransformerKnobs, abstract=True):
     ROPE_HIGH_FREQ_FACTOR: Annotated[
         float, "llama3: wavelengths below original / this are left alone"
     ] = 4.0
-    ROPE_ORIGINAL_LEN: Annotated[int, "llama3, yarn: tokens of a row in pretraining"] = 8192
+    ROPE_ORIGINAL_LEN: Annotated[
+        int, "llama3, yarn: tokens of a row in pretraining", AtLeast(1)
+    ] = 8192
     ROPE_BETA_FAST: Annotated[
         float, "yarn: pairs that turn more often in a row of pretraining are left alone"
     ] = 32.0
@@ -66,17 +69,23 @@ class LlamaKnobs(TransformerKnobs, abstract=True):
     ROPE_MSCALE_ALL_DIM: Annotated[
         float | None, "yarn: the same for what that is divided by; DeepSeek: for scores, too"
     ] = None
-    SLIDING_WINDOW: Annotated[int | None, "keys a query sees in local layers; None: all"] = None
+    SLIDING_WINDOW: Annotated[
+        int | None, "keys a query sees in local layers; None: all", AtLeast(1)
+    ] = None
     LOCAL_LAYERS_PER_GLOBAL: Annotated[
-        int | None, "local layers before each global one; None: all are local if there is a window"
+        int | None,
+        "local layers before each global one; None: all are local if there is a window",
+        AtLeast(1),
     ] = None
     LOCAL_ROPE_THETA: Annotated[
-        float | None, "base of the wavelengths in local layers, which are not stretched; None: same"
+        float | None,
+        "base of the wavelengths in local layers, which are not stretched; None: same",
+        Above(0),
     ] = None
     QK_NORM: Annotated[bool, "RMSNorm of each head's queries and keys"] = False
     QKV_BIAS: Annotated[bool, "biases of queries, keys and values"] = False
     QUERY_PRE_ATTN_SCALAR: Annotated[
-        int | None, "scores are divided by its square root; None: DIMS_PER_HEAD"
+        int | None, "scores are divided by its square root; None: DIMS_PER_HEAD", AtLeast(1)
     ] = None
     ATTEN_LOGIT_CAP: Annotated[float, "bound of the scores, 0 or less: none"] = -1.0
     SOFTMAX_CAP_LOGITS: Annotated[float, "bound of the logits, 0 or less: none"] = -1.0
@@ -95,7 +104,6 @@ class Llama(LlamaKnobs, abstract=True):
 
     def model(self) -> fdl.Config[Any]:
         """A pre-norm decoder without learned positions."""
-        self.check_sizes()
         scale = {"scale": float(self.MODEL_DIMS) ** 0.5} if self.SCALE_EMBEDDING else {}
         stack, tail = self.stacks(*self.period())
         return fdl.Config(

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 import fiddle as fdl
 
+from configs.bounds import Above, AtLeast
 from configs.knobs import Knobs
 from paxlike import parallel
 from paxlike.train.ramp import Ramp
@@ -30,18 +31,26 @@ class MeshKnobs(Knobs):
         Literal["ring", "all_gather", "all_to_all"],
         "how attention works where MESH_AXES has a context axis, over which tokens of a row are spread",
     ] = "ring"
-    PERCORE_BATCH_SIZE: Annotated[float, "rows per device and step, may be a fraction"] = 4
+    PERCORE_BATCH_SIZE: Annotated[
+        float, "rows per device and step, may be a fraction", Above(0)
+    ] = 4
     NUM_MICROBATCHES: Annotated[
-        int, "parts of the batch: follow one another through a pipeline, or are accumulated"
+        int,
+        "parts of the batch: follow one another through a pipeline, or are accumulated",
+        AtLeast(1),
     ] = 1
     MICROBATCH_SIZE: Annotated[
-        int | None, "rows of such a part over all devices, in place of NUM_MICROBATCHES"
+        int | None, "rows of such a part over all devices, in place of NUM_MICROBATCHES", AtLeast(1)
     ] = None
     NUM_STAGES: Annotated[
-        int | None, "pipeline stages: the first of four mesh sizes; None: what MESH_AXES say"
+        int | None,
+        "pipeline stages: the first of four mesh sizes; None: what MESH_AXES say",
+        AtLeast(1),
     ] = None
     CIRCULAR_REPEAT: Annotated[
-        int, "times that a microbatch goes through the pipeline, each time with other layers"
+        int,
+        "times that a microbatch goes through the pipeline, each time with other layers",
+        AtLeast(1),
     ] = 1
     PIPELINE_GATHER_ONCE: Annotated[
         bool,

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 import fiddle as fdl
 
+from configs.bounds import Above, AtLeast, Below
 from configs.transformer import TransformerKnobs
 from paxlike import parallel
 from paxlike.experiment import Experiment
@@ -16,16 +17,20 @@ from paxlike.ops.routing import Choice
 class MoEKnobs(TransformerKnobs, abstract=True):
     """Mixture of experts."""
 
-    NUM_EXPERTS: Annotated[int, "experts of a layer"] = 64
-    NUM_EXPERTS_PER_TOKEN: Annotated[int, "experts that a token goes to"] = 2
-    EXPERT_HIDDEN_DIMS: Annotated[int | None, "width inside an expert; None: HIDDEN_DIMS"] = None
+    NUM_EXPERTS: Annotated[int, "experts of a layer", AtLeast(1)] = 64
+    NUM_EXPERTS_PER_TOKEN: Annotated[int, "experts that a token goes to", AtLeast(1)] = 2
+    EXPERT_HIDDEN_DIMS: Annotated[
+        int | None, "width inside an expert; None: HIDDEN_DIMS", AtLeast(1)
+    ] = None
     EXPERT_CAPACITY_FACTOR: Annotated[
         float | None,
         "places of an expert = this x tokens of a group / NUM_EXPERTS; None: no token is dropped",
+        Above(0),
     ] = None
     MOE_GROUPS: Annotated[
         int | None,
         "groups of tokens of a batch that are routed apart; None: one for each batch shard, one in all if dropless",
+        AtLeast(1),
     ] = None
     MOE_DISPATCH: Annotated[
         Literal["index", "einsum", "sort"],
@@ -50,24 +55,31 @@ class MoEKnobs(TransformerKnobs, abstract=True):
         "what makes gates of the router's logits",
     ] = "softmax"
     RENORMALIZE_GATES: Annotated[bool, "gates of a token are divided by their sum"] = True
-    GATE_SCALE: Annotated[float, "factor of the gates"] = 1.0
-    EXPERT_GROUPS: Annotated[int, "groups of experts that a token first chooses among"] = 1
-    EXPERT_GROUPS_PER_TOKEN: Annotated[int, "of them, those that a token may go to"] = 1
+    GATE_SCALE: Annotated[float, "factor of the gates", Above(0)] = 1.0
+    EXPERT_GROUPS: Annotated[
+        int, "groups of experts that a token first chooses among", AtLeast(1)
+    ] = 1
+    EXPERT_GROUPS_PER_TOKEN: Annotated[int, "of them, those that a token may go to", AtLeast(1)] = 1
     LOAD_BALANCING_WEIGHT: Annotated[
-        float, "of the auxiliary loss, mean over the layers of experts; 1 is balanced"
+        float, "of the auxiliary loss, mean over the layers of experts; 1 is balanced", AtLeast(0)
     ] = 0.01
     BALANCE_FIRST_CHOICES: Annotated[
         bool, "the auxiliary loss counts first choices only (GShard), not all"
     ] = False
     ROUTER_Z_LOSS_WEIGHT: Annotated[
-        float, "of the squared log normaliser of routers, mean over the layers"
+        float, "of the squared log normaliser of routers, mean over the layers", AtLeast(0)
     ] = 0.0
-    ROUTER_JITTER: Annotated[float, "noise on what routers read while training, 0: none"] = 0.0
+    ROUTER_JITTER: Annotated[
+        float, "noise on what routers read while training, 0: none", AtLeast(0), Below(1)
+    ] = 0.0
     ROUTER_BIAS_RATE: Annotated[
         float | None,
         "a bias for the choice alone moves so much a step (DeepSeek-V3); None: no bias",
+        AtLeast(0),
     ] = None
-    NUM_SHARED_EXPERTS: Annotated[int, "experts, as one layer, that all tokens go to"] = 0
+    NUM_SHARED_EXPERTS: Annotated[
+        int, "experts, as one layer, that all tokens go to", AtLeast(0)
+    ] = 0
     ROUTER_COLLAPSE_SHARE: Annotated[
         float,
         "a warning when one expert of a layer has a larger share of the tokens for long, 0: never",
@@ -135,9 +147,6 @@ class MoEKnobs(TransformerKnobs, abstract=True):
 
     def check_experts(self) -> None:
         """Refuses what no layer of experts could work with, in terms of the knobs."""
-        for name in ("NUM_EXPERTS", "NUM_EXPERTS_PER_TOKEN"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         mesh, rules = self.mesh(), self.rules()
         sizes = {axis: size for axis, size in mesh.shape.items() if size > 0}
         parallel.check_experts(self.NUM_EXPERTS, sizes, None if rules is None else fdl.build(rules))

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 import fiddle as fdl
 from flax import linen as nn
 
+from configs.bounds import AtLeast, Below
 from configs.fp8 import Fp8Knobs
 from configs.language import LanguageModelKnobs
 from configs.optimization import NORMS_AND_BIASES
@@ -19,11 +20,13 @@ from paxlike.layers.stack import Pipeline, Stack
 class TransformerKnobs(Fp8Knobs, LanguageModelKnobs, abstract=True):
     """The blocks."""
 
-    NUM_LAYERS: Annotated[int, "transformer blocks"] = 12
-    NUM_HEADS: Annotated[int, "attention heads"] = 12
-    DIMS_PER_HEAD: Annotated[int | None, "size of a head; None: MODEL_DIMS / NUM_HEADS"] = None
-    MODEL_DIMS: Annotated[int, "width of the residual stream"] = 768
-    HIDDEN_DIMS: Annotated[int, "width inside the feed-forward layer"] = 3072
+    NUM_LAYERS: Annotated[int, "transformer blocks", AtLeast(1)] = 12
+    NUM_HEADS: Annotated[int, "attention heads", AtLeast(1)] = 12
+    DIMS_PER_HEAD: Annotated[
+        int | None, "size of a head; None: MODEL_DIMS / NUM_HEADS", AtLeast(1)
+    ] = None
+    MODEL_DIMS: Annotated[int, "width of the residual stream", AtLeast(1)] = 768
+    HIDDEN_DIMS: Annotated[int, "width inside the feed-forward layer", AtLeast(1)] = 3072
     ACTIVATION: Annotated[
         Literal["gelu", "gelu_exact", "relu", "silu"], "of the feed-forward layer; gelu is tanh"
     ] = "gelu"
@@ -32,10 +35,16 @@ class TransformerKnobs(Fp8Knobs, LanguageModelKnobs, abstract=True):
     EMBEDDING_LOOKUP_STYLE: Annotated[
         Literal["index", "matmul"], "gather rows, or multiply with one-hot"
     ] = "index"
-    INIT_STD: Annotated[float, "standard deviation of initial weights"] = 0.02
-    SOFTMAX_INIT_STD: Annotated[float | None, "of the token table; None: INIT_STD"] = None
-    DROPOUT_PROB: Annotated[float, "dropout behind attention and feed-forward layers"] = 0.0
-    EMBEDDING_DROPOUT_PROB: Annotated[float, "dropout on the input embedding"] = 0.0
+    INIT_STD: Annotated[float, "standard deviation of initial weights", AtLeast(0)] = 0.02
+    SOFTMAX_INIT_STD: Annotated[float | None, "of the token table; None: INIT_STD", AtLeast(0)] = (
+        None
+    )
+    DROPOUT_PROB: Annotated[
+        float, "dropout behind attention and feed-forward layers", AtLeast(0), Below(1)
+    ] = 0.0
+    EMBEDDING_DROPOUT_PROB: Annotated[
+        float, "dropout on the input embedding", AtLeast(0), Below(1)
+    ] = 0.0
     USE_REPEATED_LAYER: Annotated[
         bool, "scan over layers: compile time does not grow with depth"
     ] = False
@@ -80,6 +89,7 @@ class TransformerKnobs(Fp8Knobs, LanguageModelKnobs, abstract=True):
             )
         repeats, microbatches = layers // len(period), self.microbatches()
         stages = self.mesh().shape.get("pipeline", 1)
+        remat.policy_of(self.CHECKPOINT_POLICY)
         remat.choice_of(self.CHECKPOINT_LAYERS, repeats)
         if self.CHECKPOINT_LAYERS != "all" and stages > 1:
             raise ValueError(
@@ -156,14 +166,9 @@ class TransformerKnobs(Fp8Knobs, LanguageModelKnobs, abstract=True):
                 f"MODEL_DIMS={self.MODEL_DIMS} does not divide by NUM_HEADS={self.NUM_HEADS}; set "
                 "DIMS_PER_HEAD or another number of heads"
             )
-        return self.DIMS_PER_HEAD or self.MODEL_DIMS // self.NUM_HEADS
-
-    def check_sizes(self) -> None:
-        """Refuses names and sizes that no layer could work with, in terms of the knobs."""
-        remat.policy_of(self.CHECKPOINT_POLICY)
-        for name in ("NUM_LAYERS", "NUM_HEADS", "MODEL_DIMS", "HIDDEN_DIMS", "VOCAB_SIZE"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.DIMS_PER_HEAD is not None:
+            return self.DIMS_PER_HEAD
+        return self.MODEL_DIMS // self.NUM_HEADS
 
 
 class QuickstartRun(TransformerKnobs, abstract=True):

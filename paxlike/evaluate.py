@@ -148,6 +148,12 @@ class EvalOptions:
     at_end: bool = True
     max_batches: int | None = None
 
+    def __post_init__(self):
+        if self.every_n_steps < 0:
+            raise ValueError(f"EVAL_INTERVAL_STEPS={self.every_n_steps} must be 0 (never) or more")
+        if self.max_batches is not None and self.max_batches < 1:
+            raise ValueError(f"EVAL_MAX_BATCHES={self.max_batches} must be at least 1, or None")
+
     def due(self, step: int, num_steps: int) -> bool:
         """Whether to evaluate after `step` steps."""
         return bool(self.every_n_steps) and (

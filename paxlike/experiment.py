@@ -6,6 +6,7 @@ A config expands to a Fiddle tree of this class; `main.py` builds it and calls `
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 import sys
@@ -44,7 +45,7 @@ from paxlike.layers import lora
 from paxlike.log.experts import WatchOptions
 from paxlike.log.progress import Progress
 from paxlike.log.run_log import RunLog
-from paxlike.ops import platform
+from paxlike.ops import attention, platform
 from paxlike.plan import fp8, hlo
 from paxlike.train import loop, replay
 from paxlike.train.best import BestOptions
@@ -77,6 +78,20 @@ class LogOptions:
     peak_tflops: float | None = None
     experts: WatchOptions = WatchOptions()
 
+    def __post_init__(self):
+        first, num_steps = self.profiler_capture_step, self.profiler_num_steps
+        if self.summary_interval_steps < 1:
+            raise ValueError(
+                f"SUMMARY_INTERVAL_STEPS={self.summary_interval_steps} must be at least 1"
+            )
+        if num_steps < 1 or (first is not None and first < 1):
+            raise ValueError(
+                f"PROFILER_CAPTURE_STEP={first} and PROFILER_NUM_STEPS={num_steps} must be at least 1: steps count "
+                "from 1"
+            )
+        if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
+            raise ValueError(f"PEAK_TFLOPS={self.peak_tflops} must be above 0")
+
 
 @dataclasses.dataclass(frozen=True)
 class InitialWeights:
@@ -100,6 +115,7 @@ class Experiment:
       model, task, optimizer: what is trained, on what objective, and how.
       mesh, rules: shape of the device mesh, and logical axis -> mesh axis.
       num_steps: optimizer steps of the whole run.
+      max_skipped_steps: training gives up after so many in a row, None for never.
       percore_batch_size: rows per device and step; may be a fraction.
       zero: which part of parameters, gradients and optimizer state a device keeps while training.
       offload_optimizer_state: keep it in the memory of the host between its uses.
@@ -126,6 +142,7 @@ class Experiment:
     mesh: parallel.Mesh
     num_steps: int
     percore_batch_size: float
+    max_skipped_steps: int | None = 100
     ramp: Ramp | None = None
     train_data: Any = None
     eval_data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -180,10 +197,39 @@ class Experiment:
         """Parts of the batch whose gradients are accumulated."""
         return 1 if self.mesh.shape.get("pipeline", 1) > 1 else self.num_microbatches
 
+    def check_anywhere(self) -> None:
+        """Raises one clear ValueError for what no devices can mend; the model is traced, nothing is allocated."""
+        self._check_numbers()
+
+        def start(seed: jax.Array, tokens: jax.Array) -> Any:
+            keys = {"params": jax.random.key(seed), "dropout": jax.random.key(seed)}
+            return self.model.init(keys, tokens, train=True)
+
+        with attention.plain():  # its kernels are chosen where the devices are
+            made = jax.eval_shape(start, *(jax.ShapeDtypeStruct(s, "int32") for s in ((), (1, 1))))
+        if self.train_data is not None:
+            self._check_training()
+            self.optimizer.bound(made["params"])
+
+    def _check_numbers(self) -> None:
+        parallel.check_axes(self.mesh.axes, self.rules)
+        if self.num_microbatches < 1:
+            raise ValueError(f"NUM_MICROBATCHES={self.num_microbatches} must be at least 1")
+        if not 0 < self.percore_batch_size < math.inf:
+            raise ValueError(f"PERCORE_BATCH_SIZE={self.percore_batch_size} must be above 0")
+        if self.num_steps < 0:
+            raise ValueError(f"MAX_STEPS={self.num_steps} is negative")
+        if self.max_skipped_steps is not None and self.max_skipped_steps < 1:
+            raise ValueError(f"MAX_SKIPPED_STEPS={self.max_skipped_steps} must be at least 1")
+
+    def _check_training(self) -> None:
+        self.best.check(list(self.eval_data), evaluates=bool(self.evaluation.every_n_steps))
+        self.cluster.check()
+
     def check(self, num_devices: int | None = None) -> None:
         """Raises one clear ValueError for what cannot work on so many devices, before anything is allocated."""
+        self._check_numbers()
         self.mesh.check_devices(jax.device_count() if num_devices is None else num_devices)
-        parallel.check_axes(self.mesh.shape, self.rules)
         self.zero.check(self.mesh.shape)
         if self.offload_optimizer_state:
             check_offload()
@@ -192,13 +238,9 @@ class Experiment:
             raise ValueError(
                 f"GRADIENT_ACCUMULATION_DTYPE={self.accumulation_dtype} has no effect with {why}"
             )
-        if self.num_microbatches < 1:
-            raise ValueError(f"NUM_MICROBATCHES={self.num_microbatches} must be at least 1")
         _ = self.global_batch_size
         if self.ramp is not None:
             self.ramp.check(self.global_batch_size, self._rows_multiple)
-        if self.num_steps < 0:
-            raise ValueError(f"MAX_STEPS={self.num_steps} is negative")
 
     def check_data(self, loaders: Iterable[Loader]) -> None:
         """Raises one clear ValueError where data is missing, or does not fit the model or the mesh."""
@@ -361,8 +403,7 @@ class Experiment:
         """Trains, or goes on with, the run in `job_log_dir`; returns the exit code of the process."""
         if self.train_data is None:
             raise ValueError(f"{self.name} has no training data; use --mode=eval")
-        self.best.check(list(self.eval_data), evaluates=bool(self.evaluation.every_n_steps))
-        self.cluster.check()
+        self._check_training()
         if self.cluster.startup_check and not processes.alone():
             self.check_start(job_log_dir, config=config, job=job)
         return loop.train(

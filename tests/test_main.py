@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 
+import jax
 import numpy as np
 import pytest
 import runs
@@ -327,6 +328,22 @@ def test_a_log_folder_that_cannot_be_written_is_named(tmp_path):
 def test_no_job_log_dir():
     with pytest.raises(ValueError, match="--job_log_dir=DIR is missing"):
         call("--fdl_config=Synthetic126M")
+    with pytest.raises(ValueError, match="--job_log_dir= is empty"):
+        call("--fdl_config=Synthetic126M", "--job_log_dir=")
+    with pytest.raises(ValueError, match="no config; give --fdl_config=NAME .*--fdl_list"):
+        call()
+    with pytest.raises(ValueError, match="--eval_on_test=maybe: true or false wanted, got maybe$"):
+        call("--fdl_config=Synthetic126M", "--eval_on_test=maybe")
+
+
+def test_no_memory_is_one_line():
+    import main
+
+    of = lambda text: main._describe(jax.errors.JaxRuntimeError(text))
+    line = of("RESOURCE_EXHAUSTED: Out of memory allocating 49152000000000 bytes.")
+    assert line.startswith("error: a device has no memory for 45,776.37 GiB: --mode=plan")
+    assert "for 12.00 GiB: " in of("RESOURCE_EXHAUSTED: ... trying to allocate 12.00GiB.")
+    assert "INTERNAL: no luck" in of("INTERNAL: no luck") and "plan" not in of("INTERNAL: no luck")
 
 
 def test_lists_and_help(capsys):
@@ -384,12 +401,30 @@ def test_pax_flags_are_knobs(tmp_path, monkeypatch):
         (["--num_hosts=2", "--host_idx=1"], "need --multiprocess_gpu"),
         (["--fdl.NUM_MICROBATCHES=0"], "NUM_MICROBATCHES=0 must be at least 1"),
         (["--fdl.LOGITS_CHUNK=-1"], "LOGITS_CHUNK=-1"),
-        (["--fdl.MESH_AXES=[replica,fsdp,tensor]"], "'replica' of size 4; .*did you mean data"),
+        (["--fdl.MESH_AXES=[replica,fsdp,tensor]"], "'replica'; .*did you mean data"),
     ],
 )
 def test_what_would_have_no_effect_is_refused(argv, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         call("--fdl_config=Synthetic126M", *TINY_SYNTHETIC, f"--job_log_dir={tmp_path}/run", *argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--fdl.model.stack.period[0].ffn.activation=reluu"], "ACTIVATION='reluu' is none of"),
+        (["--fdl.model.stack.period[0].ffn.dropout=1.5"], r"in \[0, 1\), got 1.5"),
+        (["--fdl.BEST_METRIC=foo"], "BEST_METRIC='foo' needs evaluation"),
+        (["--fdl.HANG_FACTOR=1", "--fdl.num_microbatches=0"], "NUM_MICROBATCHES=0 must be"),
+        (["--fdl.WEIGHT_DECAY_EXCLUDE=scales"], "WEIGHT_DECAY_EXCLUDE: 'scales' matches no"),
+        (["--fdl.logging.summary_interval_steps=0"], "SUMMARY_INTERVAL_STEPS=0 must be"),
+    ],
+)
+def test_a_check_refuses_what_training_would(argv, message, capsys):
+    config = ["--mode=check", "--fdl_config=Synthetic126M", *TINY_SYNTHETIC]
+    with pytest.raises(ValueError, match=message):
+        call(*config, "--fdl.ICI_MESH_SHAPE=[-1,1,1]", *argv)
+    assert capsys.readouterr().out == ""
 
 
 def test_errors_of_libraries_keep_their_traceback():

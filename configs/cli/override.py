@@ -18,6 +18,7 @@ from typing import Any
 
 import fiddle as fdl
 
+from configs.bounds import complaint
 from configs.cli import tree, values
 from configs.cli.values import UsageError
 from paxlike.nearest import ask, nearest
@@ -41,6 +42,8 @@ def override(
         raise UsageError(
             f"{flag}: {error}" + (f"; it is {tree.show(now)} now" if shown else "")
         ) from error
+    if (wrong := complaint(value, ())) and not complaint(now, ()):
+        raise UsageError(f"{flag} {wrong}; it is {tree.show(now)} now")
     return _put(copy.deepcopy(root), keys, value)
 
 

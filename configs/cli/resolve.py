@@ -26,6 +26,7 @@ from typing import Any
 import fiddle as fdl
 from fiddle.experimental import serialization
 
+from configs.bounds import complaint
 from configs.cli import environment, registry, tree, values
 from configs.cli.override import override
 from configs.cli.request import Request
@@ -247,13 +248,15 @@ def _read_knobs(cls: type[Knobs], request: Request) -> dict[str, Any]:
         if name not in by_name:
             raise UsageError(f"{flag}: {cls.__name__} has no knob {name}{_instead(cls, name)}")
         knob = by_name[name]
+        default = (
+            "" if knob.default is REQUIRED else f"; the default is {values.show(knob.default)}"
+        )
         try:
             typed[name] = values.parse(text, knob.type)
         except values.WrongType as error:
-            default = (
-                "" if knob.default is REQUIRED else f"; the default is {values.show(knob.default)}"
-            )
             raise UsageError(f"{flag}: {error}{default} ({knob.meaning})") from error
+        if wrong := complaint(typed[name], knob.bounds):
+            raise UsageError(f"{flag} {wrong}{default} ({knob.meaning})")
     return typed
 
 

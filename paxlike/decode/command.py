@@ -81,6 +81,8 @@ def decode(
     # A token at a time cannot be spread over devices: over a context axis decoding is replicated.
     with parallel.activate(mesh, parallel.whole_rows(experiment.rules)):
         display = _Display(asked, options, stream)
+        if note := _cut(ids, options.max_tokens, max_length):
+            display.progress.write(note)
         with display.progress.busy("reading the weights"):
             abstract = abstract_variables(experiment.model, mesh)
             source = Path(checkpoint or job_log_dir)
@@ -138,6 +140,18 @@ def _encode(
         encoded.append(chat.prompt_ids(messages, experiment.tokenizer))
     check_lengths(encoded, max_length)
     return shown, encoded
+
+
+def _cut(ids: Sequence[Sequence[int]], max_tokens: int, max_length: int) -> str:
+    """A line where rows have no room for all the tokens that were asked for; empty where they have."""
+    cut = sum(len(prompt) + max_tokens > max_length for prompt in ids)
+    if not cut:
+        return ""
+    room = max_length - min(map(len, ids))
+    return (
+        f"note: rows have {max_length:,} tokens, prompt included: continuations of {cut:,} prompt(s) have fewer than "
+        f"DECODE_MAX_TOKENS={max_tokens}, {room:,} at most behind the shortest"
+    )
 
 
 class _Display:

@@ -68,10 +68,10 @@ class Dropout(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "..."], *, train: bool) -> Float[Array, "..."]:
+        if not 0.0 <= self.rate < 1.0:
+            raise ValueError(f"a dropout rate is in [0, 1), got {self.rate}")
         if not train or self.rate == 0.0:
             return x
-        if not 0.0 < self.rate < 1.0:
-            raise ValueError(f"a dropout rate is in [0, 1), got {self.rate}")
         there = current_noise()
         if there is None or there.key is None:
             keep = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - self.rate, x.shape)

@@ -35,6 +35,10 @@ REMAT_POLICIES: dict[str, Policy | None] = {
     "SAVE_DOT_EXCEPT_LOGITS": _policies.save_only_these_names(
         *_MLPERF, "ffn2", "ffn1", "ffn1_gate"
     ),
+    # In Pax the input of each turn of a loop; here a loop over layers keeps it under any policy, in a pipeline too.
+    "SAVE_ITERATION_INPUT": _policies.nothing_saveable,
+    # In Pax the operands of integer products too, which do not exist here.
+    "SAVE_QUANTIZED": _policies.save_only_these_names("combined_qkv_proj", "context", "out_proj"),
     "SAVE_TRANSFORMER_LAYER_OUTPUT": _policies.save_only_these_names("transformer_layer_out"),
 }
 

@@ -41,6 +41,10 @@ class Mesh:
         object.__setattr__(self, "ici", tuple(self.ici))
         object.__setattr__(self, "dcn", dcn)
         object.__setattr__(self, "axes", tuple(self.axes))
+        if len(set(self.axes)) < len(self.axes):
+            raise ValueError(
+                f"MESH_AXES={list(self.axes)} names an axis twice: each has a name of its own, as in {list(AXES)}"
+            )
         if not len(self.ici) == len(dcn) == len(self.axes):
             raise ValueError(
                 f"ICI_MESH_SHAPE={list(self.ici)} and DCN_MESH_SHAPE={list(dcn)} need one entry for each of the "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import jax
 from jax.sharding import NamedSharding
@@ -165,19 +165,18 @@ def size_of(axes: tuple[str, ...], sizes: Mapping[str, int]) -> int:
     return math.prod(sizes[axis] for axis in axes)
 
 
-def check_axes(sizes: Mapping[str, int], rules: Rules | None = None) -> None:
+def check_axes(axes: Iterable[str], rules: Rules | None = None) -> None:
     """Raises ValueError for a mesh axis over which nothing is spread: its devices would all do the same work."""
     known = {
         axis
-        for axes in (DEFAULT_RULES if rules is None else rules).values()
-        for axis in _as_tuple(axes)
+        for spread in (DEFAULT_RULES if rules is None else rules).values()
+        for axis in _as_tuple(spread)
     }
-    for axis, size in sizes.items():
-        if size > 1 and axis not in known:
+    for axis in axes:
+        if axis not in known:
             near = did_you_mean({"replica": "data", "mdl": "tensor"}.get(axis, axis), known)
             raise ValueError(
-                f"MESH_AXES: nothing is spread over the axis '{axis}' of size {size}; the axes are "
-                f"{', '.join(sorted(known))}{near}"
+                f"MESH_AXES: nothing is spread over the axis '{axis}'; the axes are {', '.join(sorted(known))}{near}"
             )
 
 

@@ -55,7 +55,11 @@ def train(
     config_text: str,
     job: Job | None = None,
 ) -> int:
-    """Trains to `num_steps`; 0 when complete, `EXIT_PREEMPTED` when asked to stop (a checkpoint is saved first)."""
+    """Trains to `num_steps`; 0 when complete, `EXIT_PREEMPTED` when asked to stop (a checkpoint is saved first).
+
+    Raises:
+      ValueError: data that does not fit, or nothing but skipped steps for long.
+    """
     job = job or Job()
     evaluated = experiment.eval_data.values() if experiment.evaluation.every_n_steps else ()
     experiment.check_data([experiment.train_data, *evaluated])
@@ -168,11 +172,12 @@ class _Run:
         stack.callback(profiler.close)
         waiting: deque[tuple[int, Mapping[str, Any], dict[str, Any], Origin]] = deque()
         skipped = int(state.skipped_steps)
-        done, better, enough = start, False, False
+        in_a_row = 0  # of them, the latest ones
+        done, better, enough, postponed = start, False, False, False
 
         def settle(limit: int) -> None:
             """Logs finished steps until at most `limit` are in flight."""
-            nonlocal skipped
+            nonlocal skipped, in_a_row
             while len(waiting) > limit:
                 done, metrics, its, origin = waiting.popleft()
                 metrics = jax.device_get(metrics)  # waits for this step, while later ones run
@@ -182,7 +187,9 @@ class _Run:
                     self._record(done)
                 if recorder.look(done, metrics, origin, checkpointer.newest_before(done)):
                     protect()
-                if int(metrics["skipped_steps"]) > skipped:
+                is_skipped = int(metrics["skipped_steps"]) > skipped
+                in_a_row = in_a_row + 1 if is_skipped else 0
+                if is_skipped:
                     skipped = int(metrics["skipped_steps"])
                     norm = float(metrics["grad_norm"])
                     log.warning(
@@ -190,6 +197,8 @@ class _Run:
                         step=done,
                         skipped=skipped,
                     )
+                    if in_a_row == experiment.max_skipped_steps:
+                        raise _gave_up(done, in_a_row, checkpointer.newest_before(done))
 
         def evaluate(done: int) -> bool:
             """The evaluation of this step; False where it was given up because the run is to stop."""
@@ -238,12 +247,15 @@ class _Run:
             due = experiment.evaluation.due(done, experiment.num_steps)
             owes = due and not evaluate(done)
             stopping = self._is_stopping()
-            if stopping or last or better or enough or checkpointer.due(done):
+            wait = stopping or last or better or enough
+            if wait or checkpointer.due(done) or postponed:
                 settle(0)
-                wait = stopping or last or better or enough
-                with self._phase("checkpoint"):
-                    self._save(checkpointer, state, done, batches, wait=wait, owes=owes)
-                self._record(done)
+                # After several skipped steps the state may be broken: it must not drive out good ones.
+                postponed = in_a_row > 1 and not wait
+                if not postponed:
+                    with self._phase("checkpoint"):
+                        self._save(checkpointer, state, done, batches, wait=wait, owes=owes)
+                    self._record(done)
             if checkpointer.last_save_seconds:
                 self.deadline.took("checkpoint", checkpointer.last_save_seconds)
             if enough:
@@ -464,6 +476,14 @@ class _Run:
                 step=done,
                 stall_seconds=round(checkpointer.last_stall_seconds, 4),
             )
+
+
+def _gave_up(done: int, in_a_row: int, newest: int | None) -> ValueError:
+    there = "no checkpoint" if newest is None else f"the checkpoint of step {newest:,}"
+    return ValueError(
+        f"step {done:,} is the last of {in_a_row:,} that were skipped, one after the other: nothing is learned any "
+        f"more. There is {there}; lower LEARNING_RATE, or see --mode=replay; MAX_SKIPPED_STEPS=None never gives up"
+    )
 
 
 def _max_in_flight() -> int:

@@ -8,6 +8,7 @@ the training state, which advances on skipped steps too. AdamW: Loshchilov and H
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -76,6 +77,10 @@ class Optimizer:
                 raise ValueError(f"LEARNING_RATE_FACTORS: {factor} for {pattern!r} is negative")
         if not 0.0 <= self.ema_decay < 1.0:
             raise ValueError(f"EMA_DECAY={self.ema_decay} is not in [0, 1)")
+        if not 0.0 <= self.weight_decay < math.inf:
+            raise ValueError(
+                f"WEIGHT_DECAY={self.weight_decay} must be a finite number of at least 0"
+            )
         _ = self.adam  # refuses bad numbers
 
     @property

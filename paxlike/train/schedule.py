@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +49,8 @@ class Schedule:
             raise ValueError(f"LR_SCHEDULE='{self.kind}' is none of {', '.join(KINDS)}")
         if self.shape not in SHAPES:
             raise ValueError(f"LR_WSD_SHAPE='{self.shape}' is none of {', '.join(SHAPES)}")
+        if not 0.0 <= self.peak < math.inf:
+            raise ValueError(f"LEARNING_RATE={self.peak} must be a finite number of at least 0")
         if self.kind == "constant":
             if self.warmup:
                 raise ValueError(

@@ -149,6 +149,10 @@ def test_given_twice_the_last_counts_and_a_notice_says_so():
             "--fdl.QUUX=2: Pile126M has no knob QUUX; "
             "--fdl_help --fdl_config=toy_package.gpt.Pile126M lists its knobs",
         ),
+        (
+            ["--fdl.LEARNING_RATE=1e400"],
+            "--fdl.LEARNING_RATE=1e400 must be a finite number; the default is 0.001 (peak learning rate)",
+        ),
         (["--fdl.MAX_STEPS=0"], "Pile126M: MAX_STEPS=0: nothing to do; give at least 1"),
         (["--fdl.HIDDEN_DIMS=7"], "Pile126M: HIDDEN_DIMS=7 is odd; make it even"),
     ],
@@ -265,6 +269,7 @@ def test_an_override_of_a_default_leaves_the_default_alone():
         ("seed=1.5", r"int wanted, got 1\.5; it is 1 now"),
         ("model.tied=1", r"bool wanted, got 1; it is True now"),
         ("model.blocks[0].dropout=a", r"float wanted, got 'a'; it is 0\.0 now"),
+        ("optimizer[0].b1=nan", r"b1=nan must be a finite number; it is 0\.9 now"),
         ("optimizer[0].b1=true", r"float wanted, got True; it is 0\.9 now"),
         ("optimizer[0].steps=2.5", r"int wanted, got 2\.5; it is 10 now"),
         ("model.blocks[0].shape=3", r"\[int, \.\.\.\] wanted, got 3"),

@@ -193,6 +193,10 @@ def test_fp8_trains_and_its_scales_survive(tmp_path):
         ),
         ({"DIMS_PER_HEAD": None, "MODEL_DIMS": 15}, "MODEL_DIMS=15 does not divide by NUM_HEADS=2"),
         ({"NUM_LAYERS": 0}, "NUM_LAYERS=0 must be at least 1"),
+        ({"DIMS_PER_HEAD": 0}, "DIMS_PER_HEAD=0 must be at least 1"),
+        ({"DROPOUT_PROB": 1.5}, "DROPOUT_PROB=1.5 must be at least 0 and below 1"),
+        ({"LEARNING_RATE": float("nan")}, "LEARNING_RATE=nan must be a finite number"),
+        ({"EVAL_MAX_BATCHES": 0}, "EVAL_MAX_BATCHES=0 must be at least 1"),
         (
             {"EVAL_SETS": ("Lambada",)},
             "'Lambada' is none of HeldOut, PileValidation, LambadaValidation",

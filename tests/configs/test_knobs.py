@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import pytest
 from toy_package.gpt import GPT, ModelKnobs, Pile5B, Pile126M
 
+from configs.bounds import Above, AtLeast, AtMost, Below
 from configs.knobs import REQUIRED, Knobs, UsageError, is_config, knobs, replace
 
 
@@ -90,6 +91,40 @@ def test_a_wrong_type_is_refused_in_a_call_and_in_a_class(name, value, line):
         type("Wrong", (Size,), {name: value})
     with pytest.raises(UsageError, match=line):
         replace(Size(), **{name: value})
+
+
+class Bounded(Knobs):
+    """Numbers with bounds."""
+
+    COUNT: Annotated[int, "things", AtLeast(1)] = 2
+    SHARE: Annotated[float | None, "of them", AtLeast(0), Below(1)] = None
+    WEIGHTS: Annotated[dict[str, float], "of each", Above(0), AtMost(9)] = {}
+    FREE: Annotated[tuple[float, ...], "anything", "a note"] = ()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "line"),
+    [
+        ("COUNT", 0, r"Bounded\.COUNT=0 must be at least 1; the default is 2"),
+        ("SHARE", 1.0, r"Bounded\.SHARE=1\.0 must be at least 0 and below 1; the default is None"),
+        ("SHARE", -0.1, "must be at least 0"),
+        ("SHARE", float("nan"), r"Bounded\.SHARE=nan must be a finite number"),
+        ("WEIGHTS", {"a": 1, "b": 0}, "must be above 0 and at most 9"),
+        ("WEIGHTS", {"a": 10}, "must be above 0 and at most 9"),
+        ("FREE", [1.0, float("-inf")], r"Bounded\.FREE=\[1\.0, -inf\] must be a finite number"),
+    ],
+)
+def test_a_number_out_of_bounds_is_refused_in_a_call_and_in_a_class(name, value, line):
+    with pytest.raises(UsageError, match=line):
+        Bounded(**{name: value})
+    with pytest.raises(UsageError, match=line.replace("Bounded", "Wrong")):
+        type("Wrong", (Bounded,), {name: value})
+
+
+def test_bounds_leave_none_and_the_limits_alone():
+    bounded = Bounded(COUNT=1, SHARE=0, WEIGHTS={"a": 9}, FREE=[-1e300])
+    assert (bounded.COUNT, bounded.SHARE, bounded.WEIGHTS["a"]) == (1, 0.0, 9.0)
+    assert Bounded(COUNT=10**400, SHARE=None).SHARE is None
 
 
 def test_a_union_keeps_the_exact_member():

@@ -70,7 +70,7 @@ def test_periods():
     ("name", "changes", "message"),
     [
         ("LLaMA7B", {"NUM_KV_HEADS": 5}, "NUM_HEADS=32 is not a multiple of NUM_KV_HEADS=5"),
-        ("LLaMA7B", {"NUM_KV_HEADS": 0}, "NUM_HEADS=32 is not a multiple of NUM_KV_HEADS=0"),
+        ("LLaMA7B", {"NUM_KV_HEADS": 0}, "NUM_KV_HEADS=0 must be at least 1"),
         ("LLaMA70B", {"USE_MQA": True}, "USE_MQA=True is one key/value head, not NUM_KV_HEADS=8"),
         ("LLaMA70B", {"COMBINE_QKV": True}, "COMBINE_QKV=True needs as many .* not 8 of 64"),
         ("LLaMA7B", {"LOCAL_LAYERS_PER_GLOBAL": 1}, "LOCAL_LAYERS_PER_GLOBAL=1 needs a SLIDING_W"),

@@ -12,6 +12,7 @@ import pytest
 from paxlike import parallel
 from paxlike.checkpoint import Checkpointer
 from paxlike.decode import Generator, Prompt, SamplingOptions, decode, read_prompts
+from paxlike.decode.command import _cut
 from paxlike.experiment import Experiment
 from paxlike.tasks.language import CausalLanguage
 from paxlike.train.optimizer import Optimizer, Schedule
@@ -134,6 +135,13 @@ def test_a_damaged_checkpoint_is_passed_over(experiment, run):
     assert [f.name for f in (run / "decoder_out" / "prompts").iterdir()] == [
         "decoder_out_00000003.jsonl"
     ]
+
+
+def test_tokens_that_have_no_room_are_noted():
+    note = _cut([[1, 2], [1] * 6], 58, 62)
+    assert note.startswith("note: rows have 62 tokens") and "of 1 prompt(s)" in note
+    assert "DECODE_MAX_TOKENS=58, 60 at most" in note
+    assert _cut([[1, 2, 3, 4]], 58, 62) == ""
 
 
 def test_several_samples_are_told_apart(experiment, run, capsys):

@@ -35,6 +35,8 @@ RECOMPUTED = {
     "SAVE_DOT_FOR_MLPERF_200B": 2,  # scores, ffn1
     "SAVE_DOT_EXCEPT_LOGITS_FFN1": 2,  # scores, ffn1
     "SAVE_DOT_EXCEPT_LOGITS": 1,  # scores
+    "SAVE_ITERATION_INPUT": 5,
+    "SAVE_QUANTIZED": 2,  # scores, ffn1
     "SAVE_TRANSFORMER_LAYER_OUTPUT": 5,
 }
 

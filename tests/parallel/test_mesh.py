@@ -75,6 +75,7 @@ def test_minus_one_takes_the_devices_that_are_left():
         ({"ici": (0, 1, 1)}, "at least 1"),
         ({"ici": (-1, -1, 1)}, "at least 1"),
         ({"ici": (1, 1, 1), "dcn": (1, -1, 1)}, "at least 1"),
+        ({"ici": (2, 2, 1), "axes": ("data", "data", "tensor")}, "names an axis twice: .* as in"),
     ],
 )
 def test_bad_shapes_are_refused(kwargs, message):
@@ -144,18 +145,19 @@ def test_what_does_not_divide_is_named_with_a_size_that_fits():
     [
         (
             {"replica": 2, "fsdp": 1},
-            r"nothing is spread over the axis 'replica' of size 2; .*; did you mean data\?",
+            r"nothing is spread over the axis 'replica'; .*; did you mean data\?",
         ),
         (
             {"data": 2, "vocab": 2},
-            "'vocab' of size 2; the axes are context, data, expert, fsdp, pipeline, tensor",
+            "'vocab'; the axes are context, data, expert, fsdp, pipeline, tensor",
         ),
+        ({"dat": 1, "fsdp": 2}, r"'dat'; .*; did you mean data\?"),
     ],
 )
 def test_an_axis_that_nothing_is_spread_over_is_refused(sizes, message):
     with pytest.raises(ValueError, match=message):
         parallel.check_axes(sizes)
-    parallel.check_axes({"data": 2, "expert": 2, "vocab": 1})
+    parallel.check_axes({"data": 2, "expert": 2, "fsdp": 1})
 
 
 def test_axes_move_one_by_one_to_the_dimension_that_counts_parts():

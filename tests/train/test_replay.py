@@ -126,11 +126,14 @@ def plant(run, directory, module, size):
 
 def test_an_overflow_is_recorded_and_its_module_named(tmp_path, alone, capsys):
     # With layers unrolled, some of them computed again, and the batch in two parts.
-    parts = {"NUM_MICROBATCHES": 2, "CHECKPOINT_LAYERS": "first:1", "MAX_STEPS": 6}
+    parts = {"NUM_MICROBATCHES": 2, "CHECKPOINT_LAYERS": "first:1", "MAX_SKIPPED_STEPS": 5}
     unrolled = {"USE_REPEATED_LAYER": False, "CHECKPOINT_POLICY": "SAVE_NOTHING", **parts}
     run = experiment(0, **unrolled)
     plant(run, tmp_path, "ffn/ffn1", 3e38)
-    assert run.train(str(tmp_path)) == 0
+    # Nothing but skipped steps follow: the run gives up, and what was due at step 8 has not been saved.
+    with pytest.raises(ValueError, match="step 10 is the last of 5 .* the checkpoint of step 5;"):
+        run.train(str(tmp_path))
+    assert [path.name for path in (tmp_path / "checkpoints").glob("c*")] == ["checkpoint_00000005"]
     spike = json.loads((tmp_path / "spikes" / "step_00000006" / "spike.json").read_text())
     assert spike["why"] == "its loss is nan" and spike["checkpoint"] == 5
     assert run.replay(str(tmp_path)) == 0
