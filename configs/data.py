@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 import fiddle as fdl
 
+from configs.bounds import AtLeast
 from configs.knobs import Knobs
 from paxlike.data.boolq import BoolQ
 from paxlike.data.instruct import Instruct
@@ -18,12 +19,14 @@ from paxlike.data.synthetic import SyntheticTokens
 class DataKnobs(Knobs):
     """Data and tokenizer."""
 
-    MAX_SEQ_LEN: Annotated[int, "tokens per row"] = 2048
+    MAX_SEQ_LEN: Annotated[int, "tokens per row", AtLeast(1)] = 2048
     VOCAB_PATH: Annotated[
         str | None, "SentencePiece model, or tokenizer.json of Hugging Face, or a folder with one"
     ] = None
-    BOS_ID: Annotated[int | None, "id where a row begins; None: the tokenizer's"] = None
-    EOS_ID: Annotated[int | None, "id that ends a document; None: the tokenizer's"] = None
+    BOS_ID: Annotated[int | None, "id where a row begins; None: the tokenizer's", AtLeast(0)] = None
+    EOS_ID: Annotated[int | None, "id that ends a document; None: the tokenizer's", AtLeast(0)] = (
+        None
+    )
     TFDS_DATA_DIR: Annotated[str | None, "folder of prepared TFDS data sets; None: TFDS's own"] = (
         None
     )
@@ -63,7 +66,7 @@ class DataKnobs(Knobs):
     ] = False
     TRAIN_INPUT_RANDOM_SEED: Annotated[int, "of the order of training rows"] = 0
     CACHE_DIR: Annotated[str, "where tokenised data is kept"] = "~/.cache/paxlike"
-    TOKENIZE_WORKERS: Annotated[int, "processes that tokenise, 0: this one"] = 0
+    TOKENIZE_WORKERS: Annotated[int, "processes that tokenise, 0: this one", AtLeast(0)] = 0
 
     def tokenizer(self) -> fdl.Config[Any] | None:
         """The tokenizer, not read before it is used."""
