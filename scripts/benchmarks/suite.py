@@ -212,8 +212,11 @@ def _known(row: Row, rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
     found = rows.get(row.name, {})
     if "layers" in found:
         return found
-    others = [r["layers"] for r in rows.values() if r["config"] == row.config and "layers" in r]
-    return {"layers": min(others)} if others else {}
+    size = lambda config, knobs: (config, knobs.get("PERCORE_BATCH_SIZE"), knobs.get("USE_LORA"))
+    wanted = size(row.config, row.knobs)
+    others = [r for r in rows.values() if size(r["config"], r.get("knobs", {})) == wanted]
+    layers = [r["layers"] for r in others if "layers" in r]
+    return {"layers": min(layers)} if layers else {}
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
