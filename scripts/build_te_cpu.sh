@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Builds Transformer Engine where there is no GPU, so that tests/ops/test_te.py runs on its own CPU forms.
+# Builds Transformer Engine where there is no GPU, so that tests/ops/test_te*.py run on its own CPU forms.
 #
 #   scripts/build_te_cpu.sh FOLDER [PYTHON]
 #
 # makes FOLDER/venv (PYTHON: 3.12, default python3.12) and FOLDER/run, a wrapper that runs a command in it:
 #
-#   FOLDER/run python -m pytest tests/ops/test_te.py
+#   FOLDER/run python -m pytest tests/ops/test_te.py tests/ops/test_te_fused.py
 #
 # It takes 5 to 10 minutes, 8 GB of disk and the network, needs CUDA's headers (CUDA_HOME, default
 # /usr/local/cuda) and g++, and asks for no GPU: libcuda is replaced by a library whose functions all fail.
