@@ -6,68 +6,41 @@ is not finite is refused, bounds or not: no knob has a use for it.
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """What a number is compared with."""
+    """What a number is compared with.
 
-    limit: float
+    Attributes:
+      words: as in `must be at least 1`.
+      accepts: whether a number is within the bound.
+    """
 
-    @property
-    def words(self) -> str:
-        """As in `must be at least 1`."""
-        raise NotImplementedError
-
-    def accepts(self, number: float) -> bool:
-        """Whether `number` is within the bound."""
-        raise NotImplementedError
+    words: str
+    accepts: Callable[[float], bool]
 
 
-class AtLeast(Bound):
+def AtLeast(limit: float) -> Bound:
     """The limit or more."""
-
-    @property
-    def words(self) -> str:
-        return f"at least {self.limit}"
-
-    def accepts(self, number: float) -> bool:
-        return number >= self.limit
+    return Bound(f"at least {limit}", lambda number: number >= limit)
 
 
-class Above(Bound):
+def Above(limit: float) -> Bound:
     """More than the limit."""
-
-    @property
-    def words(self) -> str:
-        return f"above {self.limit}"
-
-    def accepts(self, number: float) -> bool:
-        return number > self.limit
+    return Bound(f"above {limit}", lambda number: number > limit)
 
 
-class Below(Bound):
+def Below(limit: float) -> Bound:
     """Less than the limit."""
-
-    @property
-    def words(self) -> str:
-        return f"below {self.limit}"
-
-    def accepts(self, number: float) -> bool:
-        return number < self.limit
+    return Bound(f"below {limit}", lambda number: number < limit)
 
 
-class AtMost(Bound):
+def AtMost(limit: float) -> Bound:
     """The limit or less."""
-
-    @property
-    def words(self) -> str:
-        return f"at most {self.limit}"
-
-    def accepts(self, number: float) -> bool:
-        return number <= self.limit
+    return Bound(f"at most {limit}", lambda number: number <= limit)
 
 
 def complaint(value: Any, bounds: Sequence[Bound]) -> str:
