@@ -216,10 +216,7 @@ def _on_device(x, experts, gates, matrices, *, compute, num_experts, over, rows,
         experts = experts - jax.lax.axis_index(over) * mine
         here = (experts >= 0) & (experts < mine)
         experts, gates = jnp.where(here, experts, mine), jnp.where(here, gates, 0.0)
-        matrices = {
-            name: dataclasses.replace(m, share=num_experts // mine) for name, m in matrices.items()
-        }
-    y = _sorted(x, experts, gates, matrices, compute, mine)
+    y = _sorted(x, experts, gates, matrices, compute, mine, share=num_experts // mine)
     wide = y.astype(jnp.float32) if platform.is_cpu() else y
     partial = (*tensor, *(axis for axis in over if axis not in shared))
     if partial:
@@ -240,22 +237,33 @@ def _on_device_exchanging(
         kept = fitting(experts, num_experts=num_experts, axes=over, places=places)
         experts, gates = jnp.where(kept, experts, num_experts), jnp.where(kept, gates, 0.0)
     share = max(1, places // (b * length * k))
-    matrices = {name: dataclasses.replace(m, share=share) for name, m in matrices.items()}
     compute = elsewhere(compute, axes=over, places=places)
-    y = _sorted(x, experts, gates, matrices, compute, num_experts)
+    y = _sorted(x, experts, gates, matrices, compute, num_experts, share=share)
     if tensor:
         wide = y.astype(jnp.float32) if platform.is_cpu() else y
         y = jax.lax.psum(wide, tensor).astype(y.dtype)
     return y if kept is None else (y, kept)
 
 
-def _sorted(x, experts, gates, matrices, compute, num_experts: int, *, reference: bool = False):
+def _sorted(
+    x,
+    experts,
+    gates,
+    matrices,
+    compute,
+    num_experts: int,
+    *,
+    reference: bool = False,
+    share: int = 1,
+):
+    """One row in `share` or so is computed with these matrices."""
     (b, length, d), k = x.shape, experts.shape[-1]
     queue = experts.reshape(-1)
     order = jnp.argsort(queue, stable=True)
     place = jnp.argsort(order)
     sizes = jnp.sum(jax.nn.one_hot(queue, num_experts, dtype=jnp.int32), axis=0)
     rows = fetch(x.reshape(-1, d), order // k, place.reshape(-1, k))
+    matrices = {name: dataclasses.replace(m, share=share) for name, m in matrices.items()}
     ys = compute(rows, sizes, matrices, reference)
     back = fetch(ys, place, order[:, None]).reshape(b, length, k, d)
     return _weighted(back, gates)

@@ -19,7 +19,6 @@ from paxlike.ops.fp8 import SCOPE
 from paxlike.plan import hlo
 
 _KIND = re.compile(rf"/{SCOPE}(forward|input_grad|weight_grad)(?:/|$)")
-_OP_NAME = re.compile(r'op_name="([^"]*)"')
 _RECOMPUTED = re.compile(r"\brematted_computation\b|\bcheckpoint/rematted")
 _NAME = re.compile(r"^[a-z]\w*$")
 _FRAMES = {"while", "body", "cond", "closed_call", "checkpoint", "rematted_computation", "remat"}
@@ -97,8 +96,7 @@ def _is_product(loop: hlo.Instruction) -> bool:
 
 
 def _key_of(instruction: hlo.Instruction) -> Key | None:
-    name = _OP_NAME.search(instruction.attributes)
-    return _key(name[1]) if name else None
+    return _key(instruction.op_name)
 
 
 def _has_narrow(module: hlo.Module, body: hlo.Computation) -> bool:

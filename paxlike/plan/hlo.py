@@ -92,8 +92,13 @@ class Instruction:
         """Turns of a while loop, or about how many by its name; None where nobody knows."""
         if found := _TRIPS.search(self.attributes):
             return int(found[1])
-        named = _OP_NAME.search(self.attributes)
-        return turns(named[1]) if named else None
+        return turns(self.op_name)
+
+    @property
+    def op_name(self) -> str:
+        """The scopes that it was traced in, `jit(train_step)/.../while`; empty where it has none."""
+        found = _OP_NAME.search(self.attributes)
+        return found[1] if found else ""
 
     @property
     def backend_config(self) -> dict:
