@@ -38,6 +38,7 @@ from paxlike.train.program import batch_spec, jit_step, model_flops, state_facto
 from paxlike.train.ramp import Feed
 from paxlike.train.recorder import Origin, Recorder
 from paxlike.train.saved import data_position, saved_part, saves_trained_only, with_frozen
+from paxlike.train.skipped import SkippedSteps
 from paxlike.train.state import TrainState, num_parameters
 
 if TYPE_CHECKING:
@@ -171,13 +172,11 @@ class _Run:
         )
         stack.callback(profiler.close)
         waiting: deque[tuple[int, Mapping[str, Any], dict[str, Any], Origin]] = deque()
-        skipped = int(state.skipped_steps)
-        in_a_row = 0  # of them, the latest ones
+        skipped = SkippedSteps(int(state.skipped_steps), experiment.max_skipped_steps, log)
         done, better, enough, postponed = start, False, False, False
 
         def settle(limit: int) -> None:
             """Logs finished steps until at most `limit` are in flight."""
-            nonlocal skipped, in_a_row
             while len(waiting) > limit:
                 done, metrics, its, origin = waiting.popleft()
                 metrics = jax.device_get(metrics)  # waits for this step, while later ones run
@@ -185,20 +184,10 @@ class _Run:
                 log.train(done, metrics, **its)
                 if done % options.summary_interval_steps == 0:
                     self._record(done)
-                if recorder.look(done, metrics, origin, checkpointer.newest_before(done)):
+                newest = checkpointer.newest_before(done)
+                if recorder.look(done, metrics, origin, newest):
                     protect()
-                is_skipped = int(metrics["skipped_steps"]) > skipped
-                in_a_row = in_a_row + 1 if is_skipped else 0
-                if is_skipped:
-                    skipped = int(metrics["skipped_steps"])
-                    norm = float(metrics["grad_norm"])
-                    log.warning(
-                        f"step {done:,} was skipped: its gradient norm is {norm}",
-                        step=done,
-                        skipped=skipped,
-                    )
-                    if in_a_row == experiment.max_skipped_steps:
-                        raise _gave_up(done, in_a_row, checkpointer.newest_before(done))
+                skipped.look(done, metrics, newest)
 
         def evaluate(done: int) -> bool:
             """The evaluation of this step; False where it was given up because the run is to stop."""
@@ -251,7 +240,7 @@ class _Run:
             if wait or checkpointer.due(done) or postponed:
                 settle(0)
                 # After several skipped steps the state may be broken: it must not drive out good ones.
-                postponed = in_a_row > 1 and not wait
+                postponed = skipped.in_a_row > 1 and not wait
                 if not postponed:
                     with self._phase("checkpoint"):
                         self._save(checkpointer, state, done, batches, wait=wait, owes=owes)
@@ -476,14 +465,6 @@ class _Run:
                 step=done,
                 stall_seconds=round(checkpointer.last_stall_seconds, 4),
             )
-
-
-def _gave_up(done: int, in_a_row: int, newest: int | None) -> ValueError:
-    there = "no checkpoint" if newest is None else f"the checkpoint of step {newest:,}"
-    return ValueError(
-        f"step {done:,} is the last of {in_a_row:,} that were skipped, one after the other: nothing is learned any "
-        f"more. There is {there}; lower LEARNING_RATE, or see --mode=replay; MAX_SKIPPED_STEPS=None never gives up"
-    )
 
 
 def _max_in_flight() -> int:
