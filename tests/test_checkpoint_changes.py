@@ -47,6 +47,8 @@ def test_what_makes_another_model_is_refused(change, clause):
         ("FPROP_DTYPE=float32", "FPROP_DTYPE was 'bfloat16' and is 'float32'"),
         ("DROPOUT_PROB=0.5", "DROPOUT_PROB was 0.0 and is 0.5"),
         ("USE_FP8=True", "dot_general_cls was None and is "),
+        ("Z_LOSS_WEIGHT=0.01", "Z_LOSS_WEIGHT was 0.0 and is 0.01"),
+        ("task.chunk=64", None),
     ],
 )
 def test_what_may_change_is_not_refused(change, clause):
@@ -54,6 +56,27 @@ def test_what_may_change_is_not_refused(change, clause):
     assert old != new and changes.refused(old, new) is None
     said = changes.allowed(old, new)
     assert said is None if clause is None else clause in said
+
+
+@pytest.mark.parametrize(
+    ("knob", "was", "value"),
+    [
+        ("EXPERT_CAPACITY_FACTOR", "2.0", "1.5"),
+        ("EXPERT_BUFFER_FACTOR", "2.0", "1.5"),
+        ("MOE_EXCHANGE", "'all_to_all'", "gather"),
+    ],
+)
+def test_room_at_the_experts_may_change(knob, was, value):
+    base = ["NUM_LAYERS=2", "NUM_EXPERTS=4", "ICI_MESH_SHAPE=[1,4,1]", "DCN_MESH_SHAPE=[1,1,1]"]
+    if knob != "EXPERT_CAPACITY_FACTOR":
+        base += ["EXPERT_CAPACITY_FACTOR=None", "MOE_EXCHANGE=all_to_all"]
+    if knob == "EXPERT_BUFFER_FACTOR":
+        base += ["EXPERT_BUFFER_FACTOR=2.0"]
+    glam = functools.partial(text, *base, config="SyntheticGLaM126M64E")
+    old, new = glam(), glam(f"{knob}={value}")
+    assert old != new and changes.refused(old, new) is None
+    told = None if knob == "MOE_EXCHANGE" else f"{knob} was {was} and is {value}"
+    assert changes.allowed(old, new) == told
 
 
 def test_fields_of_another_version_and_texts_that_are_not_there_are_passed_over():

@@ -1,9 +1,9 @@
 """Which settings of a model were others when a checkpoint was written.
 
 Arrays of equal shape do not make the same model: an activation or an epsilon has no array. A checkpoint holds the
-resolved config of its run as text, a line `path = value` for every field of the model, defaults included; here it is
-compared with the text of this start. A field that only one of the two has came with another version and is passed
-over, and so is what lies below a node that the other one does not have: the line of the node itself differs.
+resolved config of its run as text, a line `path = value` for every field of the model and the task, defaults included;
+here it is compared with the text of this start. A field that only one of the two has came with another version and is
+passed over, and so is what lies below a node that the other one does not have: the line of the node itself differs.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ from collections.abc import Callable, Iterable
 
 # Fields, wherever in the model, that give the same numbers: how it is computed, and how fresh weights were drawn.
 _SAME = {"remat", "remat_layers", "scan", "pipeline", "implementation", "lookup"}
-_SAME |= {"dispatch", "exchange", "init", "context"}
+_SAME |= {"dispatch", "exchange", "init", "context", "chunk"}
 # Another precision of the same function.
 _PRECISION = {"dtype", "dot_general_cls", "base"}
-# What only training reads: noise, and weights of losses beside the main one.
-_TRAINING = {"dropout", "embedding_dropout", "jitter", "bias_rate"}
+# How many tokens an expert takes: which are left out, not what is done with the others.
+_CAPACITY = {"capacity_factor", "group_size", "buffer_factor"}
+# What only training reads: the loss, noise, and weights of losses beside the main one.
+_TRAINING = {"task", "dropout", "embedding_dropout", "jitter", "bias_rate"}
 _TRAINING |= {"balance_weight", "balance_first", "z_loss_weight"}
+_ALLOWED = (_PRECISION, _CAPACITY, _TRAINING)
 
 _KNOB = re.compile(r"([A-Z][A-Z0-9_]*) += (.*?) +\[[^\[\]]*\]")
 _MOST_SHOWN = 3
@@ -46,12 +49,12 @@ class Change:
 
 def refused(old: str, new: str) -> str | None:
     """What makes the run that `new` describes another one than that of `old`, in a clause, or None."""
-    return _clause(changes(old, new), lambda each: not each.has(_PRECISION, _TRAINING))
+    return _clause(changes(old, new), lambda each: not each.has(*_ALLOWED))
 
 
 def allowed(old: str, new: str) -> str | None:
     """What else changes the numbers of a run that goes on."""
-    return _clause(changes(old, new), lambda each: each.has(_PRECISION, _TRAINING))
+    return _clause(changes(old, new), lambda each: each.has(*_ALLOWED))
 
 
 def applied(old: str, new: str) -> str | None:
@@ -73,7 +76,9 @@ def changes(old: str, new: str) -> list[Change]:
     found = []
     for path, value in before.items():
         change = Change(path, value, after.get(path, value))
-        if change.new == value or change.has(_SAME) or re.search(r"_inits?\b", path):
+        if change.new == value or re.search(r"_inits?\b", path):
+            continue
+        if change.has(_SAME) and not change.has(_CAPACITY):
             continue
         named = [
             name
@@ -100,11 +105,11 @@ def _clause(found: Iterable[Change], wanted: Callable[[Change], bool]) -> str | 
 
 
 def _model(text: str) -> dict[str, str]:
-    """Path -> value of the model and the seed; of a list or dictionary of nodes, its keys."""
+    """Path -> value of the model, the task and the seed; of a list or dictionary of nodes, its keys."""
     found: dict[str, str] = {}
     for line in text.partition("# tree\n")[2].splitlines():
         path, _, value = line.partition(" = ")
-        if path not in ("model", "seed") and not path.startswith("model."):
+        if path not in ("model", "task", "seed") and not path.startswith(("model.", "task.")):
             continue
         found[path] = _short(value)
         whole, bracket, key = path.removesuffix("]").rpartition("[")
