@@ -132,6 +132,9 @@ def _explanation(resolved: Resolved, knob: Knob, mark: str) -> str:
     text = knob.meaning
     if choices := _choices(knob.type):
         text += f"; one of {', '.join(map(str, choices))}"
+    bounds = " and ".join(bound.words for bound in knob.bounds)
+    if bounds not in ("", "at least 0", "at least 1"):  # what anybody would expect of a number
+        text += f"; {bounds}"
     if mark == ">":
         text += (
             " (required)" if knob.default is REQUIRED else f" (was {values.typed(knob.default)})"

@@ -90,7 +90,8 @@ def convert(value: Any, kind: Any) -> Any:
     if origin in (Union, types.UnionType):
         # An exact member wins over a converting one: 3 stays an int in `float | int`.
         exact = [member for member in args if type(value) is member]
-        return _first(lambda member: convert(value, member), [*exact, *args], kind, show(value))
+        found = _first(lambda member: convert(value, member), [*exact, *args], kind, show(value))
+        return _not_empty(found, kind)
     if origin is Literal:
         if any(value == choice and type(value) is type(choice) for choice in args):
             return value
@@ -126,7 +127,8 @@ def parse(text: str, kind: Any) -> Any:
         # Strings accept nearly everything, so they come last.
         members = sorted(args, key=lambda member: member is str)
         exact = [member for member in members if member is not float]
-        return _first(lambda member: parse(text, member), [*exact, *members], kind, text)
+        found = _first(lambda member: parse(text, member), [*exact, *members], kind, text)
+        return _not_empty(found, kind)
     if origin is Literal:
         return _first(lambda choice: _choose(text, choice), args, kind, text)
     if origin in (tuple, list):
@@ -152,6 +154,16 @@ def parse(text: str, kind: Any) -> Any:
             value = float(value)
         return convert(value, kind)
     raise WrongType(f"{describe(kind)} wanted, got {text}")
+
+
+def _not_empty(value: Any, kind: Any) -> Any:
+    """The value, unless it is an empty text where None says that there is none.
+
+    It comes from a shell variable that was never set, and as a path it would mean the folder one is in.
+    """
+    if isinstance(value, str) and not value.strip() and types.NoneType in typing.get_args(kind):
+        raise WrongType(f"{describe(kind)} wanted, got an empty text")
+    return value
 
 
 def parse_untyped(text: str) -> Any:

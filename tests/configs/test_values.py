@@ -61,6 +61,8 @@ def test_words_become_values_of_the_type(text, kind, value):
         ("1", bool, "bool wanted, got 1"),
         ("yes", bool, "bool wanted, got 'yes'"),
         ("", int, "int wanted, got ''"),
+        ("", str | None, "str or None wanted, got an empty text"),
+        ("' '", str | None, "str or None wanted, got an empty text"),
         ("None", int, "int wanted, got None"),
         ("None", str, "str wanted, got None"),
         ("8", tuple[int, ...], r"\[int, \.\.\.\] wanted, got 8"),
