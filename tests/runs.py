@@ -13,7 +13,9 @@ from paxlike.log.history import read_metrics
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Programs over several devices are compiled at every start, and these runs are short: the shortest way through LLVM.
-QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+QUICK_COMPILE = "--xla_backend_optimization_level=0"
+if jax.__version_info__ < (0, 11):  # jaxlib 0.11 has the emitters alone, and not the flag
+    QUICK_COMPILE += " --xla_cpu_use_fusion_emitters=false"
 ONE_LAYER = {
     "NUM_LAYERS": 1,
     "NUM_HEADS": 2,

@@ -178,7 +178,8 @@ def _shards(
         if all(f is None or start <= f < stop for f, (start, stop) in zip(piece.at, box)):
             free = tuple(slice(*ends) for f, ends in zip(piece.at, box) if f is None)
             value = source.read(piece, free, dtype)
-            value = np.expand_dims(value, [i for i, f in enumerate(piece.at) if f is not None])
+            fixed_axes = tuple(i for i, f in enumerate(piece.at) if f is not None)
+            value = np.expand_dims(value, fixed_axes)
             begin = [0 if f is None else f - start for f, (start, _) in zip(piece.at, box)]
             # Waited for: otherwise pieces on their way to the device would pile up on the host.
             shards = [jax.block_until_ready(_inserted(shard, value, begin)) for shard in shards]

@@ -83,6 +83,14 @@ def steps(directory, split="train"):
     return [line["step"] for line in lines(directory) if line.get("split") == split]
 
 
+def has_saved(directory, step):
+    return (directory / f"checkpoints/checkpoint_{step:08d}").is_dir()
+
+
+def num_starts(directory):
+    return len({line["start"] for line in lines(directory) if line.get("event") == "goodput"})
+
+
 def assert_same_losses(directory, expected, **tolerance):
     for split in ("train", "HeldOut"):
         ours, theirs = runs.losses(directory, split), runs.losses(expected, split)
@@ -113,9 +121,8 @@ def test_killed_before_a_checkpoint_in_an_evaluation_and_in_a_restore(straight, 
     moments = {
         "before the first checkpoint": lambda: 1 in steps(directory),
         "while step 3 is evaluated": lambda: steps(directory).count(3) > 0,
-        "once there is a checkpoint": lambda: (
-            directory / "checkpoints/checkpoint_00000003"
-        ).is_dir(),
+        # Perhaps since the start before: this one has to have begun, too.
+        "once there is a checkpoint": lambda: has_saved(directory, 3) and num_starts(directory) > 2,
         "while that is restored": lambda: "reading the newest checkpoint ..." in printed(),
     }
     for moment in moments.values():
@@ -167,7 +174,7 @@ def test_two_processes_one_killed_in_an_evaluation_go_on_as_one(straight, text, 
     flags = ["--multiprocess_gpu", f"--server_addr=127.0.0.1:{runs.free_port()}", "--num_hosts=2"]
     commands = [runs.command(directory, knobs, *flags, f"--host_idx={n}") for n in (0, 1)]
     with started(*commands, output=output) as (first, second):
-        wait_until(lambda: 6 in steps(directory), first)
+        wait_until(lambda: 6 in steps(directory) and has_saved(directory, 3), first)
         second.kill()
         assert first.wait(timeout=60) == EXIT_LOST
     assert steps(directory, "HeldOut") == [3]
