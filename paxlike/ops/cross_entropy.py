@@ -218,7 +218,7 @@ def _sums(x, targets, weights, table, vocab_size, z_loss, logit_cap, gradient: b
         return parts, None
     # d nll/d logits = softmax - onehot;  d lse^2/d logits = 2 lse softmax
     probabilities = jnp.exp(logits - log_normaliser[..., None])
-    factor = weights * (1.0 + 2.0 * z_loss * log_normaliser)
+    factor = weights * (1.0 + 2.0 * z_loss * log_normaliser) if z_loss else weights
     onehot = _onehot(targets, logits.shape[-1])
     dlogits = probabilities * factor[..., None] - jnp.where(onehot, weights[..., None], 0.0)
     if logit_cap is not None:  # d cap tanh(l / cap) / dl

@@ -5,9 +5,11 @@ A line with a number comes in, a JSON object goes out. Only one worker runs at a
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import resource
+import shlex
 import subprocess
 import sys
 import time
@@ -81,13 +83,28 @@ class Worker:
 
 
 def environment(*, devices: int = 1, platform: str = "cpu") -> dict[str, str]:
-    """Variables of a measured process: huge pages for malloc, no compilation cache, nothing printed by XLA."""
+    """Variables of a measured process: malloc as our scripts set it, no compilation cache, nothing printed by XLA.
+
+    Devices allocate from threads of their own. What an arena of a thread frees is mapped anew in the next step, and to
+    clear those pages takes a tenth of a second or half of one in turns: several devices share one arena.
+    """
     env = dict(os.environ)
     env.pop("JAX_COMPILATION_CACHE_DIR", None)
     env |= {"TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": platform}
     if platform == "cpu":
-        env |= {"JAX_NUM_CPU_DEVICES": str(devices), "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+        shared = ":glibc.malloc.arena_max=1" if devices > 1 else ""
+        env |= {"JAX_NUM_CPU_DEVICES": str(devices), "GLIBC_TUNABLES": _tunables() + shared}
     return env
+
+
+@functools.cache
+def _tunables() -> str:
+    """GLIBC_TUNABLES of the launch scripts."""
+    script = f"source {shlex.quote(str(ROOT / 'scripts/lib/malloc.sh'))}; echo $GLIBC_TUNABLES"
+    env = {key: value for key, value in os.environ.items() if key != "GLIBC_TUNABLES"}
+    return subprocess.run(
+        ["bash", "-c", script], env=env, capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def _say(message: Mapping[str, Any]) -> None:
