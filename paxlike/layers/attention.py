@@ -17,6 +17,7 @@ from paxlike import parallel
 from paxlike.layers.dropout import Dropout
 from paxlike.layers.projection import Projecting, whole
 from paxlike.layers.sequence import Sequence
+from paxlike.layers.sizes import check_at_least
 from paxlike.ops import attention as ops
 from paxlike.ops import te_fused
 from paxlike.ops.attention_kernels import FUSED
@@ -68,6 +69,8 @@ class Attention(Projecting):
         self, x: Float[Array, "b s d"], sequence: Sequence, norm: te_fused.Norm | None = None
     ) -> Float[Array, "b s d"]:
         """Of x, or of norm(x) where one is given."""
+        sizes = ("num_heads", "head_dim", "num_kv_heads", "window", "relative_buckets")
+        check_at_least(1, self, *sizes)
         q, k, v = self._project(x, sequence, norm)
         if self.query_norm is not None:
             q = self.query_norm(q)

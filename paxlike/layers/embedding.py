@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from paxlike import parallel
 from paxlike.layers.linear import Initializer
+from paxlike.layers.sizes import check_at_least
 from paxlike.ops.lookup import lookup
 
 Lookup = Literal["index", "matmul"]
@@ -33,6 +34,7 @@ class Embedding(nn.Module):
     dtype: str = "float32"
 
     def setup(self):
+        check_at_least(1, self, "vocab_size", "features")
         init = parallel.kernel_init(self.table_init, ("vocab", "embed"), num_inputs=1)
         self.table = self.param("table", init, (self.vocab_size, self.features), jnp.float32)
 
@@ -62,6 +64,7 @@ class LearnedPosition(nn.Module):
     def __call__(
         self, x: Float[Array, "b s d"], positions: Int[Array, "b s"] | None = None
     ) -> Float[Array, "b s d"]:
+        check_at_least(1, self, "max_length")
         init = parallel.kernel_init(self.table_init, ("position", "embed"), num_inputs=1)
         table = self.param("table", init, (self.max_length, x.shape[-1]), jnp.float32)
         if positions is None:

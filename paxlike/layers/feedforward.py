@@ -14,6 +14,7 @@ from paxlike import parallel
 from paxlike.layers.dropout import Dropout
 from paxlike.layers.projection import Projecting, whole
 from paxlike.layers.sequence import Sequence
+from paxlike.layers.sizes import check_at_least
 from paxlike.ops import te_fused
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -43,6 +44,7 @@ class FeedForward(Projecting):
         self, x: Float[Array, "b s d"], sequence: Sequence, norm: te_fused.Norm | None = None
     ) -> Float[Array, "b s d"]:
         """Of x, or of norm(x) where one is given."""
+        check_at_least(1, self, "hidden")
         if self.activation not in ACTIVATIONS:
             raise ValueError(
                 f"ACTIVATION='{self.activation}' is none of {', '.join(sorted(ACTIVATIONS))}"

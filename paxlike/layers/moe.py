@@ -25,6 +25,7 @@ from paxlike.layers.linear import Linear
 from paxlike.layers.projection import Projecting
 from paxlike.layers.remat import EXPERT_ROWS
 from paxlike.layers.sequence import Sequence
+from paxlike.layers.sizes import check_at_least
 from paxlike.ops import dispatch, routing
 from paxlike.ops.attention import is_plain
 from paxlike.ops.exchange import Exchange
@@ -123,6 +124,7 @@ class MoE(Projecting):
         return Dropout(self.dropout, name="dropout")(y, train=sequence.train)
 
     def _check(self) -> None:
+        check_at_least(1, self, "num_experts", "hidden")
         self.router.check(self.num_experts)
         self.exchange.check()
         if self.activation not in ACTIVATIONS:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from paxlike.layers.sizes import check_at_least
 from paxlike.ops import platform
 from paxlike.ops.te_fused import Norm
 
@@ -39,6 +40,7 @@ class LayerNorm(nn.Module):
     @nn.compact
     def parts(self, x: Float[Array, "... d"]) -> Norm:
         """The parameters, of as many dimensions as `x`."""
+        check_at_least(0, self, "epsilon")
         gain = _vector(self, "scale", nn.initializers.zeros, x)
         bias = _vector(self, "bias", nn.initializers.zeros, x) if self.use_bias else None
         return Norm(gain, bias, "layernorm", True, self.epsilon)
@@ -67,6 +69,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def parts(self, x: Float[Array, "... d"]) -> Norm:
         """The parameters, of as many dimensions as `x`."""
+        check_at_least(0, self, "epsilon")
         init = nn.initializers.zeros if self.zero_centered else nn.initializers.ones
         gain = _vector(self, "scale", init, x)
         return Norm(gain, None, "rmsnorm", self.zero_centered, self.epsilon)

@@ -20,6 +20,7 @@ from paxlike import parallel
 from paxlike.layers.dropout import Noise, current_noise, noise
 from paxlike.layers.remat import Policy, choice_of, keep_all, policy_of
 from paxlike.layers.sequence import Sequence
+from paxlike.layers.sizes import check_at_least
 from paxlike.ops import fp8, platform
 from paxlike.ops.sown import SOWN
 
@@ -82,6 +83,7 @@ class Stack(nn.Module):
 
     def setup(self):
         policy_of(self.remat)
+        check_at_least(1, self, "repeats")
         choice_of(self.remat_layers, self.repeats)
         self.layers = Period(tuple(self.period))
 

@@ -29,6 +29,8 @@ class CausalLanguage:
     chunk: int | None = None
 
     def __post_init__(self):
+        if not self.z_loss >= 0.0:
+            raise ValueError(f"Z_LOSS_WEIGHT={self.z_loss} must be at least 0")
         if self.chunk is not None and self.chunk < 0:
             raise ValueError(
                 f"LOGITS_CHUNK={self.chunk} must be None, 0 (the whole row) or positions"

@@ -81,6 +81,11 @@ class Optimizer:
             raise ValueError(
                 f"WEIGHT_DECAY={self.weight_decay} must be a finite number of at least 0"
             )
+        for name in ("clip_norm", "skip_norm"):  # clip_update has -1 for none, as in Pax
+            if not getattr(self, name) >= 0.0:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} of the optimizer must be at least 0"
+                )
         _ = self.adam  # refuses bad numbers
 
     @property

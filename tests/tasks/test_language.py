@@ -105,3 +105,8 @@ def test_training_loss_is_the_mean_over_weights_plus_z_loss(model):
         0.1 * (weights * normaliser**2).sum() / weights.sum(), rel=1e-6
     )
     assert float(task.weight(batch)) == weights.sum()
+
+
+def test_a_negative_weight_of_the_z_loss_is_refused():
+    with pytest.raises(ValueError, match="Z_LOSS_WEIGHT=-1.0 must be at least 0"):
+        CausalLanguage(z_loss=-1.0)

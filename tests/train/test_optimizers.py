@@ -377,6 +377,8 @@ RATE = Schedule("constant", 1e-3)
         (lambda: Muon(momentum=1.0), "MUON_MOMENTUM=1.0 is not in [0, 1)"),
         (lambda: Muon(num_iterations=0), "MUON_NUM_ITERATIONS=0 must be at least 1"),
         (lambda: Lion(b2=1.5), "LION_BETA2=1.5 is not in [0, 1)"),
+        (lambda: Optimizer(RATE, clip_norm=-1.0), "clip_norm=-1.0 of the optimizer must be at"),
+        (lambda: Optimizer(RATE, skip_norm=-1.0), "skip_norm=-1.0 of the optimizer must be at"),
         (lambda: Sgd(momentum=-0.1), "SGD_MOMENTUM=-0.1 is not in [0, 1)"),
         (lambda: Adafactor(decay=0.0), "ADAFACTOR_DECAY=0.0 is not in (0, 1]"),
         (lambda: Adafactor(clip=-1.0), "ADAFACTOR_CLIP_THRESHOLD=-1.0 is negative"),
