@@ -288,7 +288,7 @@ class Llama(LlamaKnobs, abstract=True):
         return "llama" if self.SLIDING_WINDOW is None else "mistral"
 
     def _rope_config(self) -> dict[str, Any]:
-        scaling: dict[str, Any] | None = None
+        scaling: dict[str, Any] = {}
         if self.ROPE_SCALING is not None:
             scaling = {"rope_type": self.ROPE_SCALING, "factor": self.ROPE_SCALING_FACTOR}
         if self.ROPE_SCALING == "llama3":
@@ -306,8 +306,8 @@ class Llama(LlamaKnobs, abstract=True):
             mscale = {"mscale": self.ROPE_MSCALE, "mscale_all_dim": self.ROPE_MSCALE_ALL_DIM}
             scaling |= {name: value for name, value in mscale.items() if value is not None}
         if self.LOCAL_ROPE_THETA is None:
-            return {"rope_theta": self.ROPE_THETA, "rope_scaling": scaling}
-        full = {"rope_type": "default", **(scaling or {}), "rope_theta": self.ROPE_THETA}
+            return {"rope_theta": self.ROPE_THETA, "rope_scaling": scaling or None}
+        full = {"rope_type": "default", **scaling, "rope_theta": self.ROPE_THETA}
         local = {"rope_type": "default", "rope_theta": self.LOCAL_ROPE_THETA}
         return {"rope_parameters": {"full_attention": full, "sliding_attention": local}}
 

@@ -305,6 +305,7 @@ class Experiment:
         `initial` are the values that are kept: of adapters, which no base has, and of what its rules name.
         """
         weights, base = self.initial_weights, lora.base_of(abstract)
+        assert weights is not None  # the callers have looked
         path = Path(weights.path)
         if is_foreign(path):
             if weights.rules:
@@ -346,8 +347,10 @@ class Experiment:
             bars[0].update(done)
 
         names = getattr(self.weights, "fresh", None)
-        fresh = {} if initial is None or names is None else named_leaves(initial)
-        fresh = {name: value for name, value in fresh.items() if re.fullmatch(names, name)}
+        fresh = {}
+        if initial is not None and names is not None:
+            kept = named_leaves(initial)
+            fresh = {name: value for name, value in kept.items() if re.fullmatch(names, name)}
         wanted = named_leaves(abstract)
         part = nested({name: leaf for name, leaf in wanted.items() if name not in fresh})
         params = import_params(path, part, self.weights, report=report)

@@ -80,8 +80,8 @@ def _request(found: list[tuple[str, str]]) -> Request:
         once[name] = text
     on = {name: once.get(name, "false").lower() not in ("false", "0") for name in _SWITCHES}
     return Request(
-        config=_bare(once.get("fdl_config")),
-        config_file=_bare(once.get("fdl_config_file")),
+        config=_bare(once["fdl_config"]) if "fdl_config" in once else None,
+        config_file=_bare(once["fdl_config_file"]) if "fdl_config_file" in once else None,
         overrides=tuple((name[4:], text) for name, text in found if name.startswith("fdl.")),
         fiddlers=tuple(_bare(text) for name, text in found if name == "fiddler"),
         help="config" if on["fdl_help"] else "usage" if on["help"] or on["h"] else "",
@@ -122,8 +122,8 @@ def _with_flag_files(argv: Sequence[str]) -> list[str]:
         raise UsageError(f"--flagfile: {' '.join(str(error).split())}") from error
 
 
-def _bare(text: str | None) -> str | None:
-    return None if text is None else unquote(text.strip())
+def _bare(text: str) -> str:
+    return unquote(text.strip())
 
 
 def _is_knob(name: str) -> bool:

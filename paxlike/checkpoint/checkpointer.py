@@ -219,7 +219,7 @@ class Checkpointer:
 
     def _is_due(self, step: int) -> bool:
         every, minutes = self.options.every_n_steps, self.options.every_minutes
-        by_steps = bool(every) and step > 0 and step % every == 0
+        by_steps = step > 0 and step % every == 0 if every else False
         if not minutes:
             return by_steps
         late = "1" if time.monotonic() - self._last_save_time >= minutes * 60 else ""
@@ -231,6 +231,7 @@ class Checkpointer:
 
     def _add_manifest(self) -> None:
         """Runs in the saving thread of process 0: all is written, the folder not yet renamed."""
+        assert self._saving is not None  # set by `save`
         prefix = layout.step_folder(self.folder, self._saving).name + "."
         unfinished = layout.unfinished_folders(self.folder)
         (folder,) = [each for each in unfinished if each.name.startswith(prefix)]

@@ -38,6 +38,7 @@ def read_newest(
             certain = checksums and integrity.has_checksums(folder)
             result, reason = _try(read, folder, certain=certain)
         if reason is None:
+            assert result is not None  # it was read
             return result
         damaged[_step(folder)] = reason
         if folder != folders[-1] and processes.is_first():

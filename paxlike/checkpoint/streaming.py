@@ -122,7 +122,7 @@ class StoredArray:
         self.shape: tuple[int, ...] = tuple(store.shape)
         self.dtype = np.dtype(store.dtype.numpy_dtype)
         chunk = store.chunk_layout.read_chunk.shape
-        self._num_layers = chunk[0] if chunk else 1
+        self._num_layers = (chunk[0] if chunk else None) or 1
         self._block: tuple[int, np.ndarray] | None = None
 
     def __getitem__(self, index: Any) -> np.ndarray:

@@ -93,7 +93,8 @@ def restore_variables(
             raise ModelMismatch(f"checkpoint {folder} has no array {arrays.some(lacking)}")
         found = arrays.read_arrays(folder, wanted)
         tree = {f"params/{name}": found[places[name]] for name in held}
-        if absent := {name: leaf for name, leaf in params.items() if name not in held}:
+        absent = {name: leaf for name, leaf in params.items() if name not in held}
+        if complete is not None and absent:
             tree |= {f"params/{name}": leaf for name, leaf in complete(absent).items()}
         tree |= {name: found[f"collections/{name}"] for name in rest}
         return Weights(

@@ -266,7 +266,7 @@ def _slurm(environ: Mapping[str, str]) -> _Launcher | None:
     if not all(environ.get(name) for name in needed):
         return None
     count = _first(_number(environ, "SLURM_STEP_NUM_TASKS"), _number(environ, "SLURM_NTASKS"))
-    if count is None:
+    if count is None or (index := _number(environ, "SLURM_PROCID")) is None:
         return None
     nodes = expand_nodes(environ["SLURM_STEP_NODELIST"])
     node = _first(_number(environ, "SLURM_NODEID"), 0)
@@ -279,7 +279,7 @@ def _slurm(environ: Mapping[str, str]) -> _Launcher | None:
     return _Launcher(
         "Slurm",
         count,
-        _number(environ, "SLURM_PROCID"),
+        index,
         num_local,
         _first(_number(environ, "SLURM_LOCALID"), 0),
         len(nodes),
@@ -345,8 +345,10 @@ def _host_of(node: str, launch_node: str | None, *, alone: bool) -> str:
     configured = _node_addr(node)
     if configured and resolve(configured):
         return configured
-    if found or launch_node:
-        return node if found else launch_node
+    if found:
+        return node
+    if launch_node:
+        return launch_node
     raise ValueError(
         f"the first node of the Slurm step, {node}, does not resolve on {socket.gethostname()}: give "
         f"--server_addr=HOST:PORT, or set JAX_COORDINATOR_ADDRESS=HOST:PORT in the job, with an address of {node}"

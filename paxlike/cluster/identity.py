@@ -72,10 +72,12 @@ class Identity:
 def process_start_time() -> float:
     """Unix seconds at which this process was started; now, where the system does not tell."""
     found = _stat(os.getpid())
+    if found is None:
+        return time.time()
     try:
         uptime = float(Path("/proc/uptime").read_text().split()[0])
         return time.time() - (uptime - found[1] / os.sysconf("SC_CLK_TCK"))
-    except (OSError, TypeError):
+    except OSError:
         return time.time()
 
 

@@ -371,7 +371,7 @@ class Peers:
 
         def aborted(number: int) -> None:
             libc.alarm(15)  # whatever hangs from here on
-            libc.signal(signal.SIGABRT, ctypes.cast(None, kind))  # back to the default
+            libc.signal(signal.SIGABRT, kind())  # a null pointer: back to the default
             if self.rank and not self._service_answers():
                 self._first_is_lost("its connection is closed")
             self._ending.acquire()

@@ -219,7 +219,8 @@ def _sum_over(mesh: jax.sharding.Mesh, axis: str) -> str:
     number = mesh.devices.size
     shape = (number, width)
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None  # jax's types allow None, no sharding gives it
         rows = np.arange(number, dtype=np.float32)[index[0]]
         return np.repeat(rows[:, None], width, axis=1)
 

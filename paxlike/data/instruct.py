@@ -134,9 +134,8 @@ class Instruct:
         return found
 
     def fingerprint(self) -> dict[str, Any]:
-        facts = dataclasses.asdict(
-            dataclasses.replace(self, source=None, template=self.chat_template)
-        )
+        facts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        facts["template"] = dataclasses.asdict(self.chat_template)
         return {"kind": "instruct", **facts, "source": self.source.fingerprint()}
 
     def _prompt(self, record: Record, where: str) -> str:

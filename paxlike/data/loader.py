@@ -246,6 +246,7 @@ class Loader:
     def _open(self, source: DocumentSource | RowSource) -> Rows:
         if isinstance(source, RowSource):
             return source.rows(tokenizer=self.tokenizer, seq_len=self.seq_len, packing=self.packing)
+        assert self.tokenizer is not None  # `_check` asks for it
         stream = token_cache.open_or_build(
             source,
             self.tokenizer,

@@ -87,15 +87,15 @@ class StreamRows:
             first = max(start - 1, 0)
             ids[row, first - start + 1 : stop - start + 1] = self.stream.tokens(first, stop)
             begins[row, self.stream.document_starts(start, stop) - start] = True
-        padded = lengths.min() < s
-        real = np.arange(s, dtype=np.int32) < lengths if padded else None
+        real = np.arange(s, dtype=np.int32) < lengths if lengths.min() < s else None
         batch = {
             "tokens": np.where(begins, np.int32(self.bos_id), ids[:, :-1]),
             "targets": ids[:, 1:],
-            "weights": real.astype(np.float32) if padded else np.ones((len(ids), s), np.float32),
+            "weights": np.ones((len(ids), s), np.float32),
         }
-        if padded:
+        if real is not None:
             batch["tokens"] = np.where(real, batch["tokens"], np.int32(self.pad_id))
+            batch["weights"] = real.astype(np.float32)
         if self.packing == "packed":
             batch |= _segments_and_positions(begins, real)
         return batch

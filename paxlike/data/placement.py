@@ -27,24 +27,27 @@ class Placement:
         check_batch(batch, sharding)
         shape = next(value.shape for value in spec.values() if len(value.shape) == 2)
         held = sharding.addressable_devices_indices_map(shape).values()
-        self.rows = np.unique(np.concatenate([np.arange(batch)[index[0]] for index in held]))
+        rows = [np.arange(batch)[index[0]] for index in held if index is not None]
+        self.rows = np.unique(np.concatenate(rows))
 
     def put(self, local: Batch) -> dict[str, jax.Array] | Batch:
         """Global arrays from the rows `self.rows`."""
-        if self._sharding is None:
+        whole = self._sharding
+        if whole is None:
             return local
-        return {key: self._put(local[key], value) for key, value in self._spec.items()}
+        return {key: self._put(local[key], value, whole) for key, value in self._spec.items()}
 
-    def _put(self, local: np.ndarray, spec: jax.ShapeDtypeStruct) -> jax.Array:
+    def _put(self, local: np.ndarray, spec: jax.ShapeDtypeStruct, whole: Sharding) -> jax.Array:
         batch = spec.shape[0]
 
-        def piece(index: tuple[slice, ...]) -> np.ndarray:
+        def piece(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None  # jax's types allow None, no sharding gives it
             start, stop, _ = index[0].indices(batch)
             # `rows` is sorted and holds all of start..stop, so the piece is contiguous here too.
             first = int(np.searchsorted(self.rows, start))
             return local[(slice(first, first + stop - start), *index[1:])]
 
-        sharding = _of_rank(self._sharding, len(spec.shape))
+        sharding = _of_rank(whole, len(spec.shape))
         return jax.make_array_from_callback(spec.shape, sharding, piece)
 
 

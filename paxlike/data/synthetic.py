@@ -63,6 +63,7 @@ class _SyntheticRows:
         return batch
 
     def _random_row(self, index: int) -> Int[np.ndarray, "s+1"]:
+        assert self.source.vocab_size is not None  # given with the seed
         random = np.random.Generator(
             np.random.Philox(key=self.source.seed, counter=[0, 0, 0, index])
         )

@@ -87,9 +87,9 @@ def _take_mark_off_damage(folder: str) -> None:
     while found := damage(folder):
         try:
             with _lock(folder) as mine:
-                if mine and (found := damage(folder)):
+                if mine and (still := damage(folder)):
                     print(
-                        f"the token cache {folder} is damaged ({found}): building it again",
+                        f"the token cache {folder} is damaged ({still}): building it again",
                         flush=True,
                     )
                     os.remove(os.path.join(folder, FINISHED))

@@ -210,11 +210,12 @@ def _max_length(experiment: Experiment) -> int:
     """Tokens a row may have: the positions of the model, or the training length if unbounded."""
     positions = getattr(getattr(experiment.model, "position", None), "max_length", None)
     trained = getattr(experiment.train_data, "seq_len", None)
-    if not (positions or trained):
+    length = positions or trained
+    if not length:
         raise ValueError(
             f"{experiment.name} has no bound on positions and no training data: set MAX_SEQ_LEN"
         )
-    return positions or trained
+    return length
 
 
 def _output_folder(job_log_dir: Path, name: str) -> Path:

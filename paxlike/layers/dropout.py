@@ -114,6 +114,7 @@ def _drawn(
     draw: Callable[[jax.Array, tuple[int, ...]], jax.Array],
 ) -> jax.Array:
     """`draw(key, shape of one token)` for each token, by the key, the module, the row and the token."""
+    assert there.key is not None  # the callers have looked
     path = "/".join(module.path[there.depth :])
     key = jax.random.fold_in(there.key, zlib.crc32(path.encode()))
     key = _mask_key(there, key, shape)

@@ -200,10 +200,10 @@ class MoE(Projecting):
         group = dispatch.Groups.of(x.shape[:2], router.group_size)
         logits, real = group.split(logits), group.split(valid)
         chosen = routing.choose(logits, real, choice, bias)
-        drops = router.capacity_factor is not None and not sequence.cache_length and not is_plain()
+        factor = router.capacity_factor
         places, kept = None, None
-        if drops:
-            places = routing.capacity(group.size, self.num_experts, router.capacity_factor)
+        if factor is not None and not sequence.cache_length and not is_plain():
+            places = routing.capacity(group.size, self.num_experts, factor)
             kept = routing.positions(chosen.experts, self.num_experts) < places
         exchange = Exchange(self.exchange.kind) if sequence.cache_length else self.exchange
         # What finds no place in a buffer is known only when rows have been sent.

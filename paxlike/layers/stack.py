@@ -92,12 +92,12 @@ class Stack(nn.Module):
         there = current_noise() or Noise(None, x.shape[:2])
         key = self.make_rng("dropout") if sequence.train and self.has_rng("dropout") else None
         noise_ = dataclasses.replace(there, key=key, depth=len(self.path))
-        staged = self.pipeline is not None and parallel.num_stages() > 1
-        if staged and not self.is_initializing() and not sequence.cache_length:
-            pipeline = self.pipeline.fitting(x.shape[0])
+        staged = self.pipeline if parallel.num_stages() > 1 else None
+        if staged is not None and not self.is_initializing() and not sequence.cache_length:
+            pipeline = staged.fitting(x.shape[0])
             if pipeline is None and sequence.train:
                 raise ValueError(
-                    f"{x.shape[0]} rows do not make NUM_MICROBATCHES={self.pipeline.num_microbatches} parts over "
+                    f"{x.shape[0]} rows do not make NUM_MICROBATCHES={staged.num_microbatches} parts over "
                     f"{parallel.num_stages()} pipeline stages and {parallel.num_shards('batch')} batch shards"
                 )
             if pipeline is not None:
@@ -297,4 +297,5 @@ def _names(period: Period, x, sequence: Sequence) -> PyTree:
 def _of_layer(noise_: Noise, index: jax.Array | None) -> Noise:
     if noise_.key is None:
         return noise_
+    assert index is not None  # repeats are counted where there is a key
     return dataclasses.replace(noise_, key=jax.random.fold_in(noise_.key, index))

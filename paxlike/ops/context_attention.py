@@ -317,7 +317,7 @@ def _walk_gathered(me, how: _How, k, v, documents, state, add, gradients: bool):
 
     sums = _zeros(k, v) if gradients else None
     (state, sums), _ = jax.lax.scan(visit, (state, sums), jnp.arange(steps))
-    if not gradients:
+    if sums is None:
         return state
     return state, _whole(scatter(sums[0])), _whole(scatter(sums[1]))
 

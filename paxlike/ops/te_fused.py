@@ -103,12 +103,19 @@ def join(weights: list[Weight], axis: int) -> Weight:
     if len(weights) == 1:
         return first
     bias = peaks = None
-    if first.bias is not None:
-        bias = jnp.concatenate([weight.bias for weight in weights], axis)
-    if first.peaks is not None:
-        peaks = _largest(jnp.stack([weight.peaks for weight in weights]))
+    if biases := _all_or_none([weight.bias for weight in weights]):
+        bias = jnp.concatenate(biases, axis)
+    if each := _all_or_none([weight.peaks for weight in weights]):
+        peaks = _largest(jnp.stack(each))
     kernel = jnp.concatenate([weight.kernel for weight in weights], axis + 1)
     return Weight(kernel, bias, peaks, first.te)
+
+
+def _all_or_none(arrays: list[jax.Array | None]) -> list[jax.Array]:
+    """The arrays, which weights of one operation have or lack together."""
+    there = [array for array in arrays if array is not None]
+    assert len(there) in (0, len(arrays))
+    return there
 
 
 @jax.custom_vjp
@@ -145,7 +152,8 @@ def feed_forward(
     call = _FeedForward(
         tuple(norm.options.items()), (ACTIVATIONS[activation], *("linear",) * (parts - 1))
     )
-    peaks = None if first.peaks is None else jnp.stack([first.peaks, second.peaks])
+    each = _all_or_none([first.peaks, second.peaks])
+    peaks = jnp.stack(each) if each else None
     # It rounds the gradient of the second product's output by the first set, and the other way round (2.20.2).
     operation = te.Operation(call, gradients=(1, 0))
     return te.run(operation, arrays, peaks, first.te.recipe, first.te.margin)

@@ -151,7 +151,8 @@ def pipeline(
 
 def _gathered(rows_over: tuple[str, ...], weight: jax.Array, names: tuple[str | None, ...]):
     """The layers of a weight, whole along the axes of the rows and spread over the others as they were."""
-    over = [tuple(a for a in _rules.mesh_axes(n) if a not in rows_over) for n in names]
+    axes_of = [() if name is None else _rules.mesh_axes(name) for name in names]
+    over = [tuple(axis for axis in axes if axis not in rows_over) for axes in axes_of]
     return jax.lax.with_sharding_constraint(weight, P(AXIS, *(axes or None for axes in over)))
 
 

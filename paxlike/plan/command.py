@@ -81,7 +81,7 @@ def plan(experiment: Experiment, options: Options) -> int:
     print(report.text(made, num_tokens=options.num_tokens, gpu_hours=options.gpu_hours))
     if options.directory is not None:
         budget = report.budget(made, options.num_tokens, options.gpu_hours)
-        _write(options, report.as_json(made, command=options.command, budget=budget))
+        _write(options.directory, report.as_json(made, command=options.command, budget=budget))
     return 0
 
 
@@ -130,11 +130,11 @@ def search(
         print(f"\nbest\n  {best[0].flags}\n")
         print(report.text(best[1], num_tokens=options.num_tokens, gpu_hours=options.gpu_hours))
     if options.directory is not None:
-        _write(options, report.search_json(found, command=options.command))
+        _write(options.directory, report.search_json(found, command=options.command))
     return 1 if best is None else 0
 
 
-def _write(options: Options, text: str) -> None:
-    folder = Path(options.directory)
+def _write(directory: str, text: str) -> None:
+    folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "plan.json").write_text(text)

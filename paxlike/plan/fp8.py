@@ -82,8 +82,9 @@ def made(module: hlo.Module) -> Counter[Key]:
     for instruction, computation, times in module.executed(whole=_is_product):
         if instruction.opcode == "while":
             # By the name of the loop: of two loops that do the same, the compiler keeps the inside of one.
-            if _has_narrow(module, module.computations[instruction.calls["body"]]):
-                found[_key_of(instruction)] += times
+            body = module.computations[instruction.calls["body"]]
+            if (key := _key_of(instruction)) and _has_narrow(module, body):
+                found[key] += times
             continue
         for one, where in _with_fused(module, instruction, computation):
             if _is_narrow(one, where) and (key := _key_of(one)):

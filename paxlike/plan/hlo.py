@@ -184,6 +184,7 @@ class Module:
             for wrapped in inside.instructions.values():
                 if wrapped.opcode in COLLECTIVES:
                     found = self.collective(wrapped, inside)
+                    assert found is not None
                     return dataclasses.replace(found, name=instruction.name, is_async=True)
             return None
         if opcode not in COLLECTIVES:

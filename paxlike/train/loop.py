@@ -131,7 +131,8 @@ class _Run:
 
         def protect() -> None:
             """Keeps the checkpoints of the best step and before recorded spikes."""
-            checkpointer.protected = frozenset(recorder.checkpoints | ({best.step} - {None}))
+            of_best = set() if best.step is None else {best.step}
+            checkpointer.protected = frozenset(recorder.checkpoints | of_best)
 
         protect()
         if (start >= experiment.num_steps or best.exhausted) and not self.owes_evaluation:
@@ -345,6 +346,7 @@ class _Run:
                 log.progress.write(f"changed since that checkpoint: {changed}")
             if not saves_trained_only(experiment):
                 return restored.state, restored.step
+            assert experiment.initial_weights is not None  # else all would be saved
             with log.busy(f"reading frozen weights from {experiment.initial_weights.path}"):
                 return with_frozen(experiment, self.abstract, restored.state), restored.step
         experiment.check_initial_weights()  # before anything is allocated

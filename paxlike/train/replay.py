@@ -58,6 +58,7 @@ def replay(experiment: Experiment, job_log_dir: str, *, step: int | None = None)
         factory = program.state_factory(experiment, spec, mesh)
         abstract = factory.abstract()
         restored = checkpoints.restore(saved.saved_part(experiment, abstract), step=start)
+        assert restored is not None  # it is there, or is said to be damaged
         state = saved.with_frozen(experiment, abstract, restored.state)
         first_row = saved.data_position(experiment, directory, restored.data)
         _check_rows(experiment, spike, start, first_row)
@@ -156,4 +157,5 @@ def _steps(
         jax.block_until_ready(metrics)
         bar.update(done - numbers[0] + 1)
     bar.close()
+    assert now is not None and watch is not None  # there is a last step
     return Seen(now, before, watch.order, jax.device_get(metrics))

@@ -212,14 +212,15 @@ def _places(named: Mapping[str, Any], modules, layer, rope_layout) -> Iterator[_
     paths = [name.removesuffix("/lora/a") for name in named if name.endswith("/lora/a")]
     if not paths:
         raise ValueError("the parameters have no adapters (no name ends with lora/a)")
-    periods = [_MODULE.fullmatch(path) for path in paths]
-    for path, match in zip(paths, periods, strict=True):
+    targets_of: dict[str, tuple[str, ...]] = {}
+    for path in paths:
+        match = _MODULE.fullmatch(path)
         if match is None or match.group(2) not in modules:
             raise ValueError(f"no Hugging Face module is known for the adapter of {path}")
+        targets_of[path] = modules[match.group(2)]
     # Also blocks without an adapter count.
     numbers = layers_of({name: leaf.shape for name, leaf in named.items()})
-    for path, match in zip(paths, periods, strict=True):
-        targets = modules[match.group(2)]
+    for path, targets in targets_of.items():
         first, length = numbers[f"{path}/lora/a"]
         for repeat in range(named[f"{path}/lora/a"].shape[0]):
             prefix = layer.format(layer=first + repeat * length)
