@@ -8,11 +8,9 @@ import numpy as np
 import pytest
 import tiny
 from collectives import collectives
-from flax import linen as nn
 from parallel import meshes, nets
 
 from paxlike import parallel
-from paxlike.tasks.language import CausalLanguage
 
 AXES = ("data", "fsdp", "context", "tensor")
 SEQUENCE = parallel.rules_with(residual_length=("context", "tensor"))
@@ -156,30 +154,6 @@ def test_all_to_all_hands_over_what_attention_reads_and_returns():
     found = collectives(compiled(llama(context="all_to_all"), batch(), CONTEXT_2))
     assert len(found["all-to-all"]) == 2 * 4  # q, k, v and the result, forward and backward
     assert not found["all-gather"] and not found["collective-permute"]
-
-
-def test_evaluation_and_logits_are_those_of_the_rows_in_order():
-    net, data = gpt(layers=1), jax.tree.map(jnp.asarray, batch())
-    alternatives = np.full((2, tiny.LENGTH), -1, np.int32)
-    alternatives[0, [5, 9]] = alternatives[1, 30] = 3  # the first in the row counts
-    data |= {"alternatives": jnp.asarray(alternatives), "whole_answer": jnp.ones(2)}
-    variables = nn.unbox(jax.jit(net.init)(jax.random.key(0), data["tokens"]))
-
-    def evaluate(variables, data):
-        metrics = CausalLanguage().evaluate(net, variables, data)
-        return metrics, net.apply(variables, data["tokens"]).logits()
-
-    def both():
-        return jax.jit(evaluate).lower(variables, data).compile(meshes.IN_HASTE)(variables, data)
-
-    metrics, logits = both()
-    mesh = parallel.Mesh(ici=(2,), axes=("context",)).build(jax.devices()[:2])
-    with parallel.activate(mesh):
-        there, logits_there = both()
-    assert there.keys() == metrics.keys() >= {"boolq_acc", "acc_strict", "accuracy"}
-    for name, metric in metrics.items():
-        assert there[name].value() == pytest.approx(metric.value(), rel=1e-5), name
-    np.testing.assert_allclose(logits_there, logits, rtol=1e-4, atol=1e-5)
 
 
 def test_rows_that_do_not_divide_are_refused_when_shapes_are_asked_for():
