@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import time
@@ -98,6 +99,31 @@ def test_decode_mode_continues_prompts(straight, text):
     assert [line["prompt"] for line in lines] == ["def ", "import"]
     assert all(len(line["tokens"]) <= 5 for line in lines)
     assert lines[0]["text"] in done.stdout
+
+
+def test_two_processes_evaluate_and_decode_as_one(straight, text, tmp_path):
+    directory = tmp_path / "run"
+    shutil.copytree(straight[0], directory, ignore=shutil.ignore_patterns("*_out"))
+    greedy = {**text, "DECODE_TEMPERATURE": 0.0, "DECODE_MAX_TOKENS": 8}
+    apart = {**greedy, "DCN_MESH_SHAPE": "[1,1,2]", "ICI_MESH_SHAPE": "[1,1,1]"}
+    prompts = ["--mode=decode", "--prompt=def ", "--prompt=import"]
+
+    def decoded():
+        (output,) = (directory / "decoder_out").rglob("*.jsonl")
+        lines = [json.loads(line) for line in output.read_text().splitlines()]
+        output.unlink()
+        return [line.pop("logprobs") for line in lines], lines
+
+    runs.run(directory, greedy, *prompts)
+    scores, alone = decoded()
+    runs.run_processes(directory, apart, *prompts, processes=2)
+    others, found = decoded()
+    assert found == alone and len(alone) == 2
+    np.testing.assert_allclose(others, scores, rtol=1e-5)
+    runs.run_processes(directory, {**apart, "PERCORE_BATCH_SIZE": 2}, "--mode=eval", processes=2)
+    result = json.loads((directory / "eval_out" / "HeldOut" / "eval_out_00000012.json").read_text())
+    during = runs.losses(directory, "HeldOut")
+    assert result["metrics"]["loss"]["value"] == pytest.approx(during[12], rel=1e-5)
 
 
 def assert_same(directory, expected):
