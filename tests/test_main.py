@@ -28,6 +28,12 @@ def straight(text, tmp_path_factory):
     return directory, done
 
 
+@pytest.fixture
+def directory(straight, tmp_path):
+    """A copy of its folder, for what writes into it: metrics of the run are read by other tests."""
+    return pathlib.Path(shutil.copytree(straight[0], tmp_path / "run"))
+
+
 def test_a_run_leaves_what_it_should(straight):
     directory, done = straight
     there = {path.name for path in directory.iterdir()}
@@ -53,16 +59,14 @@ def test_a_run_leaves_what_it_should(straight):
     assert "NUM_LAYERS" in (directory / "config.txt").read_text()
 
 
-def test_run_again_says_it_is_complete(straight, text):
-    directory, _ = straight
+def test_run_again_says_it_is_complete(directory, text):
     before = (directory / "metrics.jsonl").read_text().count('"split": "train"')
     done = runs.run(directory, text)
     assert "training is complete: step 12 of 12" in done.stdout + done.stderr
     assert (directory / "metrics.jsonl").read_text().count('"split": "train"') == before
 
 
-def test_eval_mode_gives_the_numbers_of_training_and_ends(straight, text):
-    directory, _ = straight
+def test_eval_mode_gives_the_numbers_of_training_and_ends(directory, text):
     during = runs.losses(directory, "HeldOut")
     # The same rows on another mesh.
     two = {**text, "PERCORE_BATCH_SIZE": 2, "ICI_MESH_SHAPE": "[1,1,2]"}
@@ -74,16 +78,14 @@ def test_eval_mode_gives_the_numbers_of_training_and_ends(straight, text):
     assert 3 < entropy < np.log(512)
 
 
-def test_follow_ends_when_the_run_has_finished(straight, text):
-    directory, _ = straight
+def test_follow_ends_when_the_run_has_finished(directory, text):
     done = runs.run(directory, text, "--mode=eval", "--follow", "--fdl.FPROP_DTYPE=bfloat16")
     other = "not the model that was trained to step 12: FPROP_DTYPE was 'float32' and is 'bfloat16'"
     assert done.stderr.count(other) == 1
     assert (directory / "eval_out" / "HeldOut" / "eval_out_00000012.json").exists()
 
 
-def test_decode_mode_continues_prompts(straight, text):
-    directory, _ = straight
+def test_decode_mode_continues_prompts(directory, text):
     done = runs.run(
         directory,
         text,
@@ -101,9 +103,7 @@ def test_decode_mode_continues_prompts(straight, text):
     assert lines[0]["text"] in done.stdout
 
 
-def test_two_processes_evaluate_and_decode_as_one(straight, text, tmp_path):
-    directory = tmp_path / "run"
-    shutil.copytree(straight[0], directory, ignore=shutil.ignore_patterns("*_out"))
+def test_two_processes_evaluate_and_decode_as_one(directory, text):
     greedy = {**text, "DECODE_TEMPERATURE": 0.0, "DECODE_MAX_TOKENS": 8}
     apart = {**greedy, "DCN_MESH_SHAPE": "[1,1,2]", "ICI_MESH_SHAPE": "[1,1,1]"}
     prompts = ["--mode=decode", "--prompt=def ", "--prompt=import"]
