@@ -118,15 +118,15 @@ def main(argv: list[str]) -> int:
             raise flags.UsageError(
                 f"--{name}= is empty: leave it out, or set the variable that it was to come from"
             )
-    if JOB_LOG_DIR.value is None and MODE.value not in ("plan", "check"):
-        raise flags.UsageError(
-            "--job_log_dir=DIR is missing: the folder for checkpoints, logs and results"
-        )
     _refuse_flags_without_effect()
     environ = dict(os.environ)
     if TFDS_DATA_DIR.value is not None:
         environ["TFDS_DATA_DIR"] = TFDS_DATA_DIR.value
     resolved = flags.resolve(request, environ)
+    if JOB_LOG_DIR.value is None and MODE.value not in ("plan", "check"):
+        raise flags.UsageError(
+            "--job_log_dir=DIR is missing: the folder for checkpoints, logs and results"
+        )
     for notice in resolved.notices:
         print(f"note: {notice}", file=sys.stderr)
     if getattr(resolved.tree, "deterministic", False):

@@ -352,6 +352,8 @@ def test_a_log_folder_that_cannot_be_written_is_named(tmp_path):
 
 
 def test_no_job_log_dir():
+    with pytest.raises(ValueError, match="did you mean Quickstart"):  # what was typed comes first
+        call("--fdl_config=Quickstrat")
     with pytest.raises(ValueError, match="--job_log_dir=DIR is missing"):
         call("--fdl_config=Synthetic126M")
     with pytest.raises(ValueError, match="--job_log_dir= is empty"):
