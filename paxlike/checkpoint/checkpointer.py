@@ -219,7 +219,7 @@ class Checkpointer:
 
     def _is_due(self, step: int) -> bool:
         every, minutes = self.options.every_n_steps, self.options.every_minutes
-        by_steps = step > 0 and step % every == 0 if every else False
+        by_steps = bool(every and step > 0 and step % every == 0)
         if not minutes:
             return by_steps
         late = "1" if time.monotonic() - self._last_save_time >= minutes * 60 else ""
